@@ -1,0 +1,1 @@
+"""Serve a model and its subgraphs over an OpenAI-compatible HTTP API."""

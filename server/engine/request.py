@@ -1,0 +1,99 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from strace.sampling import SamplingParams
+
+
+class Mode(StrEnum):
+    """How a request is decoded; `auto` becomes one of the others when it is admitted."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    ROUTED = "routed"
+    FULL = "full"
+
+
+class Refused(ValueError):
+    """A request the engine will not run; `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Overloaded(RuntimeError):
+    """The queue is full; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue. `stop` are strings, cut before; `threshold` and `max_draft` None mean the engine's own."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    mode: Mode = Mode.AUTO
+    class_name: str | None = None
+    threshold: float | None = None
+    max_draft: int | None = None
+
+
+@dataclass
+class Ran:
+    """What ran for one request: the accounts behind `strace` in the response and behind the metrics.
+
+    drafts: cycles that drafted. drafted, accepted: tokens. accepted_at[i]: accepted at draft position i. fallbacks: full passes
+    that low confidence or a rejection caused. unverified: tokens emitted before a full pass saw them; divergent: those of them
+    that the full model would not have chosen given the text before. seconds: time spent decoding; full_seconds: what the full
+    model would have needed for the same tokens, at its measured step cost.
+    """
+
+    mode: Mode
+    class_name: str
+    prompt_tokens: int
+    tokens: int = 0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    fallbacks: int = 0
+    unverified: int = 0
+    divergent: int = 0
+    seconds: float = 0.0
+    full_seconds: float = 0.0
+    bypass: str | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Realised speedup of decoding over the full model; None before anything was decoded."""
+        return self.full_seconds / self.seconds if self.seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one engine step added to a text.
+
+    `ids` are the new tokens, `drafted[i]` says that token i came from the subgraph's draft; `text` is what can be shown so far
+    (whole characters, nothing that may yet become a stop string). `finish` is `stop` or `length` on the last update, which also
+    carries the final accounts.
+    """
+
+    ids: list[int]
+    drafted: list[bool]
+    text: str
+    finish: str | None = None
+    ran: Ran | None = None
+
+
+Deliver = Callable[[Update | Exception], None]

@@ -1,0 +1,129 @@
+"""A weight matrix that knows its format and its kernel on this device.
+
+Formats (activation precision is part of a format's meaning; all accumulate in float32):
+
+| name | stored as | bits per weight | activations |
+|---|---|---|---|
+| fp32, bf16 | dense | 32, 16 | the same |
+| int8 | signed codes, one bf16 scale per output row | 8 + 16/K | as given |
+| int4 | codes -8..7, one signed bf16 scale per 32 inputs of a row | 4.5 | as given |
+
+int4's scale carries the sign of the group's largest weight, so that the longer side of -8..7 always serves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = 32
+DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = ("fp32", "bf16", "int8", "int4")
+_KERNEL_ROWS = 16  # torch's CPU int4 kernel takes output rows in multiples of this
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised matrix in its portable layout: int8 codes [N, K] and bf16 scales [N, K / group] (int8: [N, 1])."""
+
+    format: str
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def bytes(self) -> int:
+        bits = 4 if self.format == "int4" else 8
+        return self.codes.numel() * bits // 8 + self.scales.numel() * 2
+
+    def dense(self) -> Tensor:
+        """float32 [N, K]."""
+        n, k = self.codes.shape
+        groups = self.scales.shape[1]
+        return (self.codes.view(n, groups, k // groups).float() * self.scales.float()[..., None]).view(n, k)
+
+
+def quantise(weight: Tensor, format: str) -> Codes:
+    """Round a [N, K] matrix to `format`, each group's scale being the best in squared error of a few candidates.
+
+    Raises:
+        ValueError: for a format that is not quantised, or K no multiple of the int4 group.
+    """
+    n, k = weight.shape
+    if format not in ("int8", "int4"):
+        raise ValueError(f"{format!r} is not a quantised format; choose int8 or int4")
+    if format == "int4" and k % GROUP:
+        raise ValueError(f"int4 needs a multiple of {GROUP} inputs, got {k}")
+    groups = k // GROUP if format == "int4" else 1
+    low, high = (-8, 7) if format == "int4" else (-127, 127)
+    blocks = weight.detach().float().reshape(n, groups, k // groups)
+    peak = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
+    best, scales = torch.full_like(peak, torch.inf), torch.ones_like(peak)
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8) if format == "int4" else (1.0,):
+        scale = (peak * shrink / low).to(torch.bfloat16).float()
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        error = ((blocks / scale).round().clamp(low, high) * scale - blocks).square().sum(2, keepdim=True)
+        scales = torch.where(error < best, scale, scales)
+        best = torch.minimum(error, best)
+    codes = (blocks / scales).round().clamp(low, high).to(torch.int8).view(n, k)
+    return Codes(format, codes, scales.squeeze(2).to(torch.bfloat16))
+
+
+class Linear:
+    """`y = x W^T + b` with W [N, K] in one of `FORMATS`, on the device of its weight.
+
+    Where this device has no kernel for the format, the codes are expanded once to the activation dtype: the same numbers
+    at more bytes per step.
+    """
+
+    def __init__(self, weight: Tensor | Codes, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape = tuple(weight.codes.shape if isinstance(weight, Codes) else weight.shape)
+        self.codes = weight if isinstance(weight, Codes) else None
+        self.format = weight.format if isinstance(weight, Codes) else {v: k for k, v in DENSE.items()}[weight.dtype]
+        self.bias = bias
+        self.bytes = (weight.bytes if isinstance(weight, Codes) else weight.nbytes) + (
+            0 if bias is None else bias.nbytes
+        )
+        self._packed: Tensor | None = None
+        if isinstance(weight, Tensor):
+            self._weight = weight
+        elif weight.codes.device.type == "cpu" and dtype == torch.bfloat16:
+            self._pack(weight)
+        else:
+            self._weight = weight.dense().to(dtype)
+
+    def _pack(self, weight: Codes) -> None:
+        if weight.format == "int8":
+            self._weight, self._scales = weight.codes, weight.scales[:, 0].contiguous()
+            return
+        short = -self.shape[0] % _KERNEL_ROWS
+        codes = F.pad(weight.codes, (0, 0, 0, short)).int() + 8
+        scales = F.pad(weight.scales, (0, 0, 0, short))
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self._scales = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        if self._packed is not None:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
+            y = y[..., : self.shape[0]]
+        elif self._weight.dtype == torch.int8:
+            y = torch.ops.aten._weight_int8pack_mm(x, self._weight, self._scales)
+        else:
+            return F.linear(x, self._weight, self.bias)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self) -> Tensor:
+        """float32 [N, K], the numbers that the product really uses."""
+        return self._weight.float() if self.codes is None else self.codes.dense()
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, format: str) -> Linear:
+    """A `Linear` of a dense [N, K] weight in `format`; int4 falls back to int8 where K is no multiple of its group."""
+    if format in DENSE:
+        return Linear(weight.to(DENSE[format]), None if bias is None else bias.to(DENSE[format]))
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    usable = "int8" if format == "int4" and weight.shape[1] % GROUP else format
+    return Linear(quantise(weight, usable), None if bias is None else bias.to(dtype), dtype)

@@ -1,0 +1,144 @@
+"""From logits to tokens: one pure pipeline for draft, verify and plain decoding, and the speculative acceptance rule.
+
+Randomness is counter-based: a number depends only on (seed, position, purpose), never on what else ran. With a seed in the
+request every path takes `argmax(log p + Gumbel(seed, position))` (arXiv:2408.07978), so speculation cannot change the text.
+Without one, drafts are accepted with probability min(1, p/q) and a rejected one is replaced from the residual, so the law of
+the text is the full model's (arXiv:2211.17192).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a distribution is shaped before a token is drawn, with OpenAI's meanings; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+
+class Purpose(IntEnum):
+    """What a random number is for; numbers of different purposes are independent."""
+
+    TOKEN = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+class Noise:
+    """The random numbers of one request: its own seed, or one drawn for it.
+
+    `shared` says that draft and full model use the same noise for a position (a seed was asked for).
+    """
+
+    def __init__(self, seed: int, shared: bool) -> None:
+        self._key = seed % 2**64
+        self.shared = shared
+
+    def uniform(self, position: int, purpose: Purpose, count: int = 1) -> np.ndarray:
+        """float64 [count] in [0, 1) of a token position (Philox, counter (0, 0, purpose, position))."""
+        generator = np.random.Philox(key=self._key, counter=[0, 0, int(purpose), position])
+        return np.random.Generator(generator).random(count)
+
+    def gumbel(self, position: int, purpose: Purpose, count: int) -> Tensor:
+        """float32 [count] standard Gumbel numbers."""
+        u = torch.from_numpy(self.uniform(position, purpose, count))
+        return -(-u.clamp_min(1e-300).log()).clamp_min(1e-300).log().float()
+
+
+def process(rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingParams) -> Tensor:
+    """The distributions that tokens are drawn from: float32 logits [R, V] -> float32 probabilities [R, V].
+
+    histories: per row, the tokens generated before it (drafts included), which the penalties count. Order as in the OpenAI
+    API's description: penalties, temperature, top_k, top_p. Equal logits go to the lowest id.
+    """
+    if params.presence_penalty or params.frequency_penalty:
+        rows = rows.clone()
+        for row, history in zip(rows, histories, strict=True):
+            ids, counts = np.unique(np.asarray(history, dtype=np.int64), return_counts=True)
+            penalty = params.presence_penalty + params.frequency_penalty * torch.from_numpy(counts).float()
+            row[torch.from_numpy(ids)] -= penalty
+    if params.temperature == 0:
+        return torch.zeros_like(rows).scatter_(1, rows.argmax(1, keepdim=True), 1.0)
+    rows = rows / params.temperature
+    if 0 < params.top_k < rows.shape[1] or params.top_p < 1:
+        rows = _truncate(rows, params)
+    return rows.softmax(1)
+
+
+def _truncate(rows: Tensor, params: SamplingParams) -> Tensor:
+    """-inf outside the top_k ids and outside the smallest set of them that holds top_p of the probability."""
+    values, ids = rows.sort(1, descending=True, stable=True)
+    if params.top_k > 0:
+        values[:, params.top_k :] = -torch.inf
+    if params.top_p < 1:
+        share = values.softmax(1)
+        # The id that reaches top_p stays in: what lies *before* an id decides.
+        values[share.cumsum(1) - share >= params.top_p] = -torch.inf
+    return torch.full_like(rows, -torch.inf).scatter_(1, ids, values)
+
+
+def draw(p: Tensor, noise: Noise, position: int, purpose: Purpose) -> int:
+    """One token from a distribution float32 [V]: argmax of log p + Gumbel."""
+    if int(torch.count_nonzero(p)) == 1:
+        return int(p.argmax())
+    return int((p.log() + noise.gumbel(position, purpose, len(p))).argmax())
+
+
+def draw_draft(q: Tensor, noise: Noise, position: int) -> int:
+    """A draft token; with a shared seed by the very noise the full model will use."""
+    return draw(q, noise, position, Purpose.TOKEN if noise.shared else Purpose.DRAFT)
+
+
+def draw_token(p: Tensor, noise: Noise, position: int) -> int:
+    """A token straight from the full model."""
+    return draw(p, noise, position, Purpose.TOKEN)
+
+
+def accepts(p: Tensor, q: Tensor, token: int, noise: Noise, position: int) -> bool:
+    """Whether a draft `token`, drawn from q, stands as a draw from p (both float32 [V]).
+
+    Greedy needs no case of its own: its p is one-hot, so only the arg max survives.
+    """
+    if noise.shared:
+        return draw_token(p, noise, position) == token
+    return float(noise.uniform(position, Purpose.ACCEPT)[0]) * float(q[token]) < float(p[token])
+
+
+def draw_residual(p: Tensor, q: Tensor, noise: Noise, position: int) -> int:
+    """The token that replaces a rejected draft: from max(p - q, 0), normalised; with a shared seed, the full model's own."""
+    if noise.shared:
+        return draw_token(p, noise, position)
+    residual = (p - q).clamp_min(0)
+    total = residual.sum()
+    return draw(residual / total if total > 0 else p, noise, position, Purpose.RESIDUAL)
+
+
+def verify(p: Tensor, q: Tensor, drafts: Sequence[int], noise: Noise, position: int) -> list[int]:
+    """Settle a block of drafts: the accepted ones and one more token, the full model's.
+
+    p: float32 [n + 1, V], the full model's processed rows before each draft and after the last. q: float32 [n, V], the
+    processed rows the drafts were drawn from. position: of the first draft.
+    """
+    for i, token in enumerate(drafts):
+        if not accepts(p[i], q[i], token, noise, position + i):
+            return [*drafts[:i], draw_residual(p[i], q[i], noise, position + i)]
+    return [*drafts, draw_token(p[len(drafts)], noise, position + len(drafts))]
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """0.5 * sum |p - q| over the last dimension."""
+    return 0.5 * (p - q).abs().sum(-1)
