@@ -162,6 +162,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face folder with weights and tokenizer")
     parser.add_argument("corpus", type=Path, help="folder of CLASS.PART.jsonl files")
@@ -175,18 +176,21 @@ def main() -> None:
     if arguments.units is not None and arguments.units < 1:
         parser.error("--units must be at least 1")
 
+    if not arguments.model.is_dir():
+        parser.error(f"no model folder at {arguments.model}")
+    for name in MIXTURE:
+        if not (path := arguments.corpus / f"{name}.{arguments.part}.jsonl").exists():
+            parser.error(f"no such part of the corpus: {path}")
+
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, use_safetensors=True)
     texts = read_texts(arguments.corpus, arguments.part, arguments.units, tokenizer)
+    baseline = {} if arguments.no_baseline else cached_baseline(arguments.baseline, arguments.corpus, tokenizer, texts)
     measured = measure_model(model, tokenizer.eos_token_id, texts)
-    rows: dict[str, dict[str, Any]] = {
-        name: {"units": len(text.units), "bytes": text.size, "bits_per_byte": measured[name]}
-        for name, text in texts.items()
-    }
-    if not arguments.no_baseline:
-        baseline = cached_baseline(arguments.baseline, arguments.corpus, tokenizer, texts)
-        for name, row in rows.items():
-            row |= {f"kneser_ney_{kind}": figure for kind, figure in baseline[name].items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, text in texts.items():
+        rows[name] = {"units": len(text.units), "bytes": text.size, "bits_per_byte": measured[name]}
+        rows[name] |= {f"kneser_ney_{kind}": figure for kind, figure in baseline.get(name, {}).items()}
     show(rows)
     print(json.dumps({"model": str(arguments.model), "part": arguments.part, "classes": rows}))
 

@@ -71,6 +71,7 @@ def select(path: Path, openings_only: bool, units: int, size: int) -> list[dict[
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder of CLASS.PART.jsonl files")
     parser.add_argument("--part", required=True, help="part to cut from")

@@ -1,6 +1,6 @@
 """Train the embedded model: an ordinary Llama, next-token loss, Muon for the matrices and AdamW for the rest.
 
-Writes under OUTPUT: `checkpoint/` (resumable, replaced every ten minutes), `log.jsonl` (step, tokens, loss) and,
+Writes under OUTPUT: `checkpoint/` (resumable, replaced every ten minutes), `log.jsonl` (tokens, mean loss) and,
 when the tokens are spent, `model/`: a plain Hugging Face folder in bf16.
 
 The learning rate is constant after a warm-up and falls linearly to zero over the last share of the tokens
@@ -31,11 +31,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from corpus import TokenStream, tokenise
 from tokenizer import train_tokenizer
 
-BATCH_TOKENS = 10_240
+BATCH_TOKENS = 5_120
 SHORT, LONG = 512, 1024  # tokens a row before and while the learning rate falls: attention is a third of the time
 MUON_RATE, ADAM_RATE = 0.01, 0.003
 WARMUP_STEPS = 60
 CHECKPOINT_SECONDS = 600
+LOG_STEPS = 20
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
@@ -135,7 +136,7 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: list[torc
     save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, fresh / "model.safetensors")
     for number, optimizer in enumerate(optimizers):
         save_file(flatten_state(optimizer), fresh / f"optimizer{number}.safetensors")
-    (fresh / "progress.json").write_text(json.dumps({"step": step, "tokens": step * BATCH_TOKENS}))
+    (fresh / "progress.json").write_text(json.dumps({"tokens": step * BATCH_TOKENS}))
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -152,7 +153,7 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: list[torc
             parameter.copy_(weights[name])
     for number, optimizer in enumerate(optimizers):
         restore_state(optimizer, load_file(folder / f"optimizer{number}.safetensors"))
-    return int(json.loads((folder / "progress.json").read_text())["step"])
+    return int(json.loads((folder / "progress.json").read_text())["tokens"]) // BATCH_TOKENS
 
 
 def export_model(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -193,6 +194,7 @@ def train(arguments: argparse.Namespace) -> None:
     states_of = torch.compile(final_states, dynamic=False) if arguments.compile else final_states
 
     stopping: list[int] = []
+    losses: list[float] = []
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: stopping.append(number))
     saved = started = time.monotonic()
@@ -207,9 +209,11 @@ def train(arguments: argparse.Namespace) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 10 == 0:
+        losses.append(loss.item())
+        if len(losses) == LOG_STEPS:
             speed = (step + 1 - first) * BATCH_TOKENS / (time.monotonic() - started)
-            entry = {"step": step, "tokens": (step + 1) * BATCH_TOKENS, "loss": round(loss.item(), 4)}
+            entry = {"tokens": (step + 1) * BATCH_TOKENS, "loss": round(sum(losses) / LOG_STEPS, 4)}
+            losses.clear()
             entry |= {"rate": round(share, 4), "tokens_per_s": round(speed)}
             with (output / "log.jsonl").open("a") as log:
                 log.write(json.dumps(entry) + "\n")
