@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in: config, safetensors (single or sharded), tokenizer, generation config.
 
-transformers resolves hub names and reads configs and tokenizers; safetensors gives the weights one at a time, so that nothing
-is held twice; accelerate decides which layers go where when one device is too small.
+transformers resolves hub names and reads configs and tokenizers; safetensors gives the weights one at a time, so that
+nothing is held twice; accelerate decides which layers go where when one device is too small.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map, init_empty_weights
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from strace.decoder import MLP, Attention, Decoder, Layer
-from strace.families import Family, Spec, find_family, read_spec
+from strace.families import Family, Spec, UnsupportedModel, find_family, read_spec, supported
 from strace.linear import DENSE, FORMATS, Linear, make_linear
 
 EMBEDDED = "embedded"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 class BadCheckpoint(ValueError):
@@ -87,18 +88,47 @@ class Checkpoint:
 def open_checkpoint(model: str, context: int | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """Find and describe `model`: `embedded`, a folder, or a hub name."""
     source = resolve(model)
+    _check_place(model, source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = _read_config(source, trust_remote_code)
         family, spec = find_family(config), read_spec(config, context)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = _read_tokenizer(source, trust_remote_code)
         shards = _find_shards(source)
-    except (OSError, json.JSONDecodeError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        stop_ids = _stop_ids(source, config, tokenizer)
+    except (OSError, json.JSONDecodeError, HfHubHTTPError, StrictDataclassError) as error:
         raise BadCheckpoint(f"cannot read model {model!r}: {_first_line(error)}") from error
-    return Checkpoint(model, config, spec, family, shards, tokenizer, _stop_ids(source, config, tokenizer))
+    return Checkpoint(model, config, spec, family, shards, tokenizer, stop_ids)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+
+
+def _check_place(model: str, source: str) -> None:
+    """Refuse what can be neither a folder nor a hub name, before the hub is asked for it."""
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").exists():
+            raise BadCheckpoint(f"cannot read model {model!r}: the folder has no config.json")
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise BadCheckpoint(f"cannot read model {model!r}: no such folder")
+
+
+def _read_config(source: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a model type that transformers does not know, or one that brings its own code
+        raise UnsupportedModel(f"{_first_line(error)} Supported: {supported()}") from error
+
+
+def _read_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise OSError(f"its tokenizer cannot be read: {_first_line(error)}") from error
 
 
 def _find_shards(source: str) -> list[Path]:
@@ -106,22 +136,34 @@ def _find_shards(source: str) -> list[Path]:
     if index is None:
         single = cached_file(source, SINGLE, _raise_exceptions_for_missing_entries=False)
         if single is None:
-            raise OSError(f"no {SINGLE} and no {INDEX}; only safetensors weights are read")
+            raise OSError(f"no {SINGLE} and no {INDEX}; other formats are not read (pickled .bin files can run code)")
         return [Path(single)]
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [Path(str(cached_file(source, name))) for name in names]
+    places = json.loads(Path(index).read_text()).get("weight_map")
+    if not places:
+        raise OSError(f"{INDEX} has no weight_map")
+    return [Path(str(cached_file(source, name))) for name in sorted(set(places.values()))]
 
 
 def _stop_ids(source: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every end-of-text id that the generation config, the config or the tokenizer names."""
-    try:
-        generation = GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:
-        generation = None
+    there = cached_file(source, GENERATION, _raise_exceptions_for_missing_entries=False)
+    generation = GenerationConfig.from_pretrained(source).eos_token_id if there else None
     found: set[int] = set()
     for ids in (generation, config.eos_token_id, tokenizer.eos_token_id):
         found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return frozenset(found)
+
+
+def expected_shape(spec: Spec, name: str) -> tuple[int, ...]:
+    """The shape that `spec` asks of the weight with this decoder name."""
+    part, kind = name.split(".")
+    if part.endswith("norm"):
+        return (spec.head_dim if part in ("q_norm", "k_norm") else spec.hidden,)
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    rows = {"q": q, "k": kv, "v": kv, "gate": spec.mlp, "up": spec.mlp, "o": spec.hidden, "down": spec.hidden}
+    columns = {"o": q, "down": spec.mlp}
+    n = rows.get(part, spec.vocabulary)
+    return (n,) if kind == "bias" else (n, columns.get(part, spec.hidden))
 
 
 class Weights:
@@ -145,7 +187,13 @@ class Weights:
             return None
         full = full.format(l=layer)
         if full in self._holders:
-            return self._holders[full].get_tensor(full)
+            tensor, shape = self._holders[full].get_tensor(full), expected_shape(self._checkpoint.spec, name)
+            if tensor.shape != shape:
+                found = list(tensor.shape)
+                raise BadCheckpoint(
+                    f"model {self._checkpoint.model!r}: weight {full} is {found}, its config asks for {list(shape)}"
+                )
+            return tensor
         if name in family.optional or (name == "head.weight" and self._checkpoint.spec.tied):
             return None
         raise BadCheckpoint(f"model {self._checkpoint.model!r} lacks the weight {full}")
@@ -160,23 +208,25 @@ class Weights:
 def place_layers(
     checkpoint: Checkpoint, dtype: torch.dtype, max_memory: dict[int | str, int | str] | None
 ) -> list[torch.device]:
-    """The device of every layer by accelerate's plan: fill the first device, go on with the next, last the CPU.
+    """The device of every layer, then that of the head, by accelerate's plan: fill the first device, then the next,
+    last the CPU.
 
     Raises:
         BadCheckpoint: if all devices together are too small (this decoder does not run from disk).
     """
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
-    plan = infer_auto_device_map(skeleton, max_memory, no_split_module_classes=skeleton._no_split_modules, dtype=dtype)
+    skeleton.tie_weights()
+    memory = None if max_memory is None else dict(max_memory)  # accelerate rewrites its argument
+    plan = infer_auto_device_map(skeleton, memory, no_split_module_classes=skeleton._no_split_modules, dtype=dtype)
     places = []
-    for l in range(checkpoint.spec.layers):
-        name = f"model.layers.{l}"
+    for name in (*(f"model.layers.{l}" for l in range(checkpoint.spec.layers)), "lm_head"):
         place = next(device for prefix, device in plan.items() if prefix == "" or f"{name}.".startswith(f"{prefix}."))
         if place == "disk":
             raise BadCheckpoint(
                 f"model {checkpoint.model!r} does not fit the devices' memory {max_memory or ''}".rstrip()
             )
-        places.append(torch.device(place))
+        places.append(torch.device("cuda", place) if isinstance(place, int) else torch.device(place))
     return places
 
 
@@ -193,15 +243,16 @@ def load_decoder(
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     spec, dtype = checkpoint.spec, DENSE.get(format, torch.bfloat16)
-    devices = [torch.device(device)] * spec.layers if device != "auto" else place_layers(checkpoint, dtype, max_memory)
+    everywhere = [torch.device(device)] * (spec.layers + 1) if device != "auto" else []
+    *devices, last = everywhere or place_layers(checkpoint, dtype, max_memory)
     with ExitStack() as stack:
         weights = Weights(checkpoint, stack)
         layers = [_load_layer(weights, spec, l, format, dtype, devices[l]) for l in range(spec.layers)]
         embed = weights.need("embed.weight").to(devices[0], dtype)
         stored = weights.get("head.weight")
-        head = embed.to(devices[-1]) if stored is None else stored.to(devices[-1], dtype)
-        norm = weights.need("final_norm.weight").to(devices[-1], torch.float32)
-    spread = devices if len(set(devices)) > 1 else []
+        head = embed.to(last) if stored is None else stored.to(last, dtype)
+        norm = weights.need("final_norm.weight").to(last, torch.float32)
+    spread = devices if len({*devices, last}) > 1 else []
     return Decoder(spec, embed, layers, norm, make_linear(head, None, format), dtype, devices=spread)
 
 
@@ -244,8 +295,8 @@ def quantise_decoder(decoder: Decoder, format: str) -> Decoder:
 
     layers = []
     for layer in decoder.layers:
-        attention, mlp = layer.attention, layer.mlp
-        assert attention is not None and mlp is not None
-        attention = replace(attention, qkv=convert(attention.qkv), o=convert(attention.o))
-        layers.append(Layer(attention, replace(mlp, gate_up=convert(mlp.gate_up), down=convert(mlp.down))))
+        a, m = layer.attention, layer.mlp
+        attention = None if a is None else replace(a, qkv=convert(a.qkv), o=convert(a.o))
+        mlp = None if m is None else replace(m, gate_up=convert(m.gate_up), down=convert(m.down))
+        layers.append(Layer(attention, mlp))
     return replace(decoder, layers=layers, head=convert(decoder.head))

@@ -1,9 +1,9 @@
 """The one decoder-only transformer: full models and subgraphs alike, from a `Spec` and weights.
 
-It is functional and knows nothing of where keys and values are kept: an `Attend` strategy takes each layer's q, k, v and
-gives the mixed values back (paged cache when serving, dense when tracing). The residual stream is float32 whatever the dtype
-of the weights; products take and give the compute dtype. A subgraph is the same structure with fewer heads, neurons, sublayers
-and head rows, and other formats.
+It is functional and knows nothing of where keys and values are kept: an `Attend` strategy takes each layer's q, k, v
+and gives the mixed values back (paged cache when serving, dense when tracing). The residual stream is float32 whatever
+the dtype of the weights; products take and give the compute dtype. A subgraph is the same structure with fewer heads,
+neurons, sublayers and head rows, and other formats.
 
 Shapes: N tokens of any number of sequences, concatenated; H query heads, K key/value heads, D head size.
 """
@@ -32,8 +32,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Attention:
     """One attention sublayer, or what a subgraph keeps of it.
 
-    `qkv` stacks the kept query, key and value heads' rows. `kept` holds the numbers of its key/value heads in the full model
-    (None: all), by which it finds them in the full model's cache.
+    `qkv` stacks the kept query, key and value heads' rows. `kept` holds the numbers of its key/value heads in the full
+    model (None: all), by which it finds them in the full model's cache.
     """
 
     norm: Tensor
@@ -48,7 +48,8 @@ class Attention:
 
     @property
     def bytes(self) -> int:
-        return self.norm.nbytes + self.qkv.bytes + self.o.bytes
+        norms = (norm for norm in (self.norm, self.q_norm, self.k_norm) if norm is not None)
+        return sum(norm.nbytes for norm in norms) + self.qkv.bytes + self.o.bytes
 
 
 @dataclass
@@ -81,8 +82,8 @@ class Attend(Protocol):
 class Tap(Protocol):
     """Sees an activation by name and layer, and gives back what the decoder goes on with (usually the same tensor).
 
-    Names, in order: stream [N, hidden] before attention; z [N, H * D]; attention_out; stream_mid; act [N, neurons]; mlp_out;
-    stream_out; after the last layer, final [N, hidden], the normalised stream.
+    Names, in order: stream [N, hidden] before attention; z [N, H * D]; attention_out; stream_mid; act [N, neurons];
+    mlp_out; stream_out; after the last layer, final [N, hidden], the normalised stream.
     """
 
     def __call__(self, name: str, layer: int, value: Tensor) -> Tensor: ...
@@ -97,8 +98,8 @@ def see(name: str, layer: int, value: Tensor) -> Tensor:
 class Decoder:
     """Weights and arithmetic of one model or subgraph.
 
-    `token_ids` maps the rows of a short head to the vocabulary (None: all rows, in order). `coverage` is the share of the
-    full model's probability that falls on those rows, by which a short head's confidence is corrected.
+    `token_ids` maps the rows of a short head to the vocabulary (None: all rows, in order). `coverage` is the share of
+    the full model's probability that falls on those rows, by which a short head's confidence is corrected.
     """
 
     spec: Spec
@@ -185,9 +186,9 @@ def add(x: Tensor, part: Tensor | None) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rope on the first rotary_dim elements of x [N, heads, D], in float32, given in x's dtype."""
     rotary = cos.shape[-1]
-    turned = x[..., :rotary].float()
-    turned = torch.addcmul(turned * cos, turned.roll(rotary // 2, -1), signed_sin).to(x.dtype)
-    return turned if rotary == x.shape[-1] else torch.cat([turned, x[..., rotary:]], -1)
+    part = x if rotary == x.shape[-1] else x[..., :rotary]
+    turned = torch.addcmul(part * cos, part.roll(rotary // 2, -1), signed_sin).to(x.dtype)
+    return turned if part is x else torch.cat([turned, x[..., rotary:]], -1)
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """What differs between model families, as data: one table entry per family, read by the one decoder.
 
-An entry names the architectures it covers, the Hugging Face weight names, and the few config fields whose meaning is the
-family's own. Everything else (sizes, rope, tied head) is read from the config in the same way for all.
+An entry names the architectures it covers, the Hugging Face weight names, and the few config fields whose meaning is
+the family's own. Everything else (sizes, rope, tied head) is read from the config in the same way for all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class UnsupportedModel(ValueError):
 class Family:
     """One model family.
 
-    `names` maps the decoder's weight names to Hugging Face's; `{l}` stands for the layer. A name that a checkpoint may lack
-    (a bias, a q/k norm) is optional where `optional` lists it. Weights are looked up by name, so a family whose checkpoints
-    have a bias and one whose checkpoints do not differ in nothing.
+    `names` maps the decoder's weight names to Hugging Face's; `{l}` stands for the layer. A name that a checkpoint may
+    lack (a bias, a q/k norm) is optional where `optional` lists it. Weights are looked up by name, so a family whose
+    checkpoints have a bias and one whose checkpoints do not differ in nothing. `windowed` and `partial_rotary` say
+    whether the family heeds the config fields `sliding_window` and `partial_rotary_factor`, which any config may carry.
     """
 
     name: str
@@ -32,11 +33,14 @@ class Family:
     names: dict[str, str]
     optional: frozenset[str] = frozenset()
     examples: str = ""
+    windowed: bool = False
+    partial_rotary: bool = False
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The shape and arithmetic of one checkpoint. Sizes in elements, `window` in tokens (None: unbounded), per layer."""
+    """The shape and arithmetic of one checkpoint. Sizes in elements, `window` in tokens (None: unbounded), per
+    layer."""
 
     family: str
     layers: int
@@ -93,9 +97,9 @@ _QWEN3 = {
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", ("LlamaForCausalLM",), _LLAMA, frozenset(_BIASES), "Llama, DeepSeek-LLM, SmolLM, Yi, TinyLlama"),
-    Family("mistral", ("MistralForCausalLM",), _LLAMA, frozenset(_BIASES), "Mistral 7B, Nemo, Ministral"),
-    Family("qwen2", ("Qwen2ForCausalLM",), _LLAMA, frozenset(_BIASES), "Qwen2, Qwen2.5"),
-    Family("qwen3", ("Qwen3ForCausalLM",), _QWEN3, frozenset(_BIASES), "Qwen3 dense"),
+    Family("mistral", ("MistralForCausalLM",), _LLAMA, frozenset(_BIASES), "Mistral 7B, Nemo", windowed=True),
+    Family("qwen2", ("Qwen2ForCausalLM",), _LLAMA, frozenset(_BIASES), "Qwen2, Qwen2.5", windowed=True),
+    Family("qwen3", ("Qwen3ForCausalLM",), _QWEN3, frozenset(_BIASES), "Qwen3 dense", windowed=True),
 )
 ACTIVATIONS = frozenset({"silu", "gelu", "gelu_pytorch_tanh"})
 
@@ -111,7 +115,7 @@ def find_family(config: Any) -> Family:
     Raises:
         UnsupportedModel: by name, for an unknown architecture, a mixture of experts or a pre-quantised checkpoint.
     """
-    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    architecture = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
             f"{architecture} is a pre-quantised checkpoint; give the unquantised one. Supported: {supported()}"
@@ -119,32 +123,35 @@ def find_family(config: Any) -> Family:
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         raise UnsupportedModel(f"{architecture} is a mixture of experts. Supported: {supported()}")
     for family in FAMILIES:
-        if architecture in family.architectures:
+        if architecture in (*family.architectures, family.name):
             return family
     raise UnsupportedModel(f"architecture {architecture} is not supported. Supported: {supported()}")
 
 
-def _rope(config: Any, context: int) -> tuple[Tensor, float]:
+def _rope(config: Any, family: Family, context: int) -> tuple[Tensor, float]:
     """Inverse frequencies [rotary_dim / 2] and the factor on cos and sin.
 
-    A cached key keeps the rotation it was written with, so the variants that change with the length (dynamic NTK, LongRoPE)
-    are fixed by the context that is served, not by the length of a prompt.
+    A cached key keeps the rotation it was written with, so the variants that change with the length (dynamic NTK,
+    LongRoPE) are fixed by the context that is served, not by the length of a prompt.
     """
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
+    partial = parameters.get("partial_rotary_factor", 1.0)
+    if partial != 1 and not family.partial_rotary:
+        raise UnsupportedModel(f"partial_rotary_factor {partial} has no meaning for {family.name}")
     if kind != "default":
         if kind not in ROPE_INIT_FUNCTIONS:
             raise UnsupportedModel(f"rope type {kind!r} is not known to this transformers version")
         frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=context)
         return frequency.float(), float(scaling)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotary = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    rotary = int(head_dim * partial)
     return 1.0 / parameters["rope_theta"] ** (torch.arange(0, rotary, 2).float() / rotary), 1.0
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
+def _windows(config: Any, family: Family) -> tuple[int | None, ...]:
     """The sliding window of every layer, in tokens."""
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) if family.windowed else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -158,8 +165,12 @@ def read_spec(config: Any, context: int | None = None) -> Spec:
     family = find_family(config)
     if config.hidden_act not in ACTIVATIONS:
         raise UnsupportedModel(f"activation {config.hidden_act!r} of {family.name} is not one of {sorted(ACTIVATIONS)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UnsupportedModel(
+            f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key/value heads evenly"
+        )
     limit = context or config.max_position_embeddings
-    frequency, scaling = _rope(config, limit)
+    frequency, scaling = _rope(config, family, limit)
     return Spec(
         family=family.name,
         layers=config.num_hidden_layers,
@@ -173,7 +184,7 @@ def read_spec(config: Any, context: int | None = None) -> Spec:
         activation=config.hidden_act,
         tied=bool(config.tie_word_embeddings),
         context=limit,
-        window=_windows(config),
+        window=_windows(config, family),
         rotary_dim=2 * len(frequency),
         inverse_frequency=frequency,
         rope_scaling=scaling,

@@ -1,8 +1,8 @@
 """The paged KV cache: blocks of 32 tokens, keys after rope, one cache for the full model and all its subgraphs.
 
-Per sequence everything before `verified` was written by the full model. Past it lie a subgraph's provisional entries, which
-only that subgraph reads, during one draft, and which the next full pass overwrites in every layer. Nothing past `verified` is
-ever shared or kept.
+Per sequence everything before `verified` was written by the full model. Past it lie a subgraph's provisional entries,
+which only that subgraph reads, during one draft, and which the next full pass overwrites in every layer. Nothing past
+`verified` is ever shared or kept.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def make_cache(spec: Spec, blocks: int, dtype: torch.dtype, devices: list[torch.
 class Batch:
     """The tokens of one pass: ragged, concatenated, no padding.
 
-    tokens: int64 [N]. counts: tokens of each of the S sequences. starts: position of each sequence's first token here; all
-    before it is in the cache. tables: int64 [S, B], the blocks of each sequence in order (unused entries: any valid block).
+    tokens: int64 [N]. counts: tokens of each of the S sequences. starts: position of each sequence's first token here;
+    all before it is in the cache. tables: int64 [S, B], the blocks of each sequence in order (unused entries: any valid
+    block).
     """
 
     tokens: Tensor
@@ -65,58 +66,69 @@ class Batch:
 
 
 class PagedAttend:
-    """Attention of one pass over a paged cache: writes the pass's keys and values, then reads each sequence's whole past.
+    """Attention of one pass over a paged cache: writes the pass's keys and values, then reads each sequence's past.
 
-    What does not depend on the layer (slots, masks, padding) is worked out once per pass.
+    A cache tensor is seen as rows, one per (block, head) when reading and one per (block, head, offset) when writing,
+    so that each is a single gather or scatter of whole rows. What does not depend on the layer is worked out once a
+    pass.
     """
 
     def __init__(self, cache: KVCache, batch: Batch, positions: Tensor) -> None:
         self._cache = cache
-        device = cache.keys[0].device
+        self._heads, self._size = cache.keys[0].shape[1], cache.keys[0].shape[3]
         ends = [s + n for s, n in zip(batch.starts, batch.counts, strict=True)]
-        self._longest, self._most = max(ends), max(batch.counts)
-        self._tables = batch.tables[:, : (self._longest + BLOCK - 1) // BLOCK].to(device)
+        self._sequences, self._longest, self._most = len(ends), max(ends), max(batch.counts)
+        self._starts = batch.starts
         owner = torch.arange(len(ends)).repeat_interleave(torch.tensor(batch.counts))
-        self._slot = batch.tables[owner, positions // BLOCK].to(device), (positions % BLOCK).to(device)
-        self._ragged = len(set(batch.counts)) > 1
-        # A ragged pass is padded for the product only; row i of sequence s lies at s * most + i.
-        first = torch.tensor([0, *batch.counts[:-1]]).cumsum(0)
-        self._place = (owner * self._most + torch.arange(len(positions)) - first[owner]).to(device)
-        self._queries = (torch.tensor(batch.starts)[:, None] + torch.arange(self._most)).to(device)
-        self._lone = len(ends) == 1 and self._most == 1
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._tables = batch.tables[:, None, : -(-self._longest // BLOCK)] * self._heads
+        blocks = batch.tables[owner, positions // BLOCK]
+        self._slots = (blocks * self._heads * BLOCK + positions % BLOCK)[:, None]
+        self._place: Tensor | None = None
+        if len(set(batch.counts)) > 1:
+            # A ragged pass is padded for the product only; row i of sequence s lies at s * most + i.
+            self._place = owner * self._most + positions - torch.tensor(batch.starts)[owner]
+        self._rows: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int | None, torch.device], Tensor | None] = {}
 
-    def mask(self, window: int | None) -> Tensor | None:
+    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
         """bool [S, n, longest], or None where one token reads all of one sequence."""
-        if window not in self._masks:
-            every = self._lone and (window is None or window >= self._longest)
-            keys = torch.arange(self._longest, device=self._queries.device)
-            self._masks[window] = None if every else causal_mask(self._queries, keys, window)
-        return self._masks[window]
+        lone = self._sequences == self._most == 1
+        if lone and (window is None or window >= self._longest):
+            return None
+        if (window, device) not in self._masks:
+            queries = torch.tensor(self._starts)[:, None] + torch.arange(self._most)
+            mask = causal_mask(queries, torch.arange(self._longest), window)
+            self._masks[window, device] = mask.to(device)
+        return self._masks[window, device]
 
     def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        block, offset = (t.to(keys.device) for t in self._slot)
-        if attention.kept is None:
-            keys[block, :, offset], values[block, :, offset] = k, v
-        else:
-            keys[block[:, None], attention.kept, offset[:, None]] = k
-            values[block[:, None], attention.kept, offset[:, None]] = v
-        past = (self._gather(keys, attention.kept), self._gather(values, attention.kept))
-        mask = self.mask(attention.window)
-        mixed = mix(self._pad(q), *past, None if mask is None else mask.to(q.device))
-        return mixed.flatten(0, 1)[self._place.to(q.device)] if self._ragged else mixed.flatten(0, 1)
+        read, write = self._find_rows(attention.kept, keys.device)
+        past = (self._exchange(keys, k, read, write), self._exchange(values, v, read, write))
+        mixed = mix(self._pad(q), *past, self.mask(attention.window, q.device)).flatten(0, 1)
+        return mixed if self._place is None else mixed[self._place.to(q.device)]
+
+    def _find_rows(self, kept: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Numbers of the rows to read, int64 [S * heads * blocks], and to write, [N * heads], for the `kept` heads."""
+        if kept is None and device in self._rows:
+            return self._rows[device]
+        heads = torch.arange(self._heads, device=device) if kept is None else kept
+        read, write = self._tables.to(device) + heads[:, None], self._slots.to(device) + heads * BLOCK
+        rows = read.flatten(), write.flatten()
+        if kept is None:
+            self._rows[device] = rows
+        return rows
+
+    def _exchange(self, entries: Tensor, new: Tensor, read: Tensor, write: Tensor) -> Tensor:
+        """Write the pass's entries [N, heads, D]; give every sequence's past [S, heads, longest, D]."""
+        entries.view(-1, self._size).index_copy_(0, write, new.reshape(-1, self._size))
+        past = entries.view(-1, BLOCK * self._size).index_select(0, read)
+        return past.view(self._sequences, new.shape[1], -1, self._size)[:, :, : self._longest]
 
     def _pad(self, q: Tensor) -> Tensor:
         """[N, H, D] -> [S, n, H, D]."""
-        if self._ragged:
-            padded = q.new_zeros(len(self._tables) * self._most, *q.shape[1:])
+        if self._place is not None:
+            padded = q.new_zeros(self._sequences * self._most, *q.shape[1:])
             padded[self._place.to(q.device)] = q
             q = padded
-        return q.view(len(self._tables), self._most, *q.shape[1:])
-
-    def _gather(self, entries: Tensor, kept: Tensor | None) -> Tensor:
-        """[S, kv_heads, longest, D] of every sequence's blocks."""
-        tables = self._tables.to(entries.device)
-        found = entries[tables] if kept is None else entries[tables[..., None], kept]
-        return found.transpose(1, 2).flatten(2, 3)[:, :, : self._longest]
+        return q.view(self._sequences, self._most, *q.shape[1:])

@@ -1,7 +1,7 @@
 """The Runner contract and its torch implementation: one full-model or subgraph pass over a ragged batch.
 
-Everything the engine does to a model goes through `forward` and `draft`. The full model is the graph named `full`; a subgraph is
-named by its class.
+Everything the engine does to a model goes through `forward` and `draft`. The full model is the graph named `full`; a
+subgraph is named by its class.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one draft step gave for S sequences: ids [S] drawn, `q` float32 [S, vocabulary] they were drawn from, and the
-    draft's confidence [S] before the draw (its top-1 probability at temperature 1, corrected for a short head)."""
+    """What one draft step gave for S sequences: ids [S] drawn, `q` float32 [S, vocabulary] they were drawn from, and
+    the draft's confidence [S] before the draw (its top-1 probability at temperature 1, corrected for a short head)."""
 
     ids: list[int]
     q: Tensor
@@ -32,7 +32,8 @@ class Drafter(Protocol):
     """Sampling and stop rule of a draft, kept out of the runner so that a native one can take them over."""
 
     def draw(self, rows: Tensor, confidence: list[float], alive: list[int]) -> Drawn:
-        """Draw one token for each sequence still `alive` (numbers in the batch) from its float32 logits [len(alive), V]."""
+        """Draw one token for each sequence still `alive` (numbers in the batch) from its float32 logits [len(alive),
+        V]."""
 
     def survivors(self, alive: list[int]) -> list[int]:
         """Which of the `alive` sequences shall draw another token."""
@@ -67,7 +68,7 @@ class TorchRunner:
         device = decoder.embed.device
         attend = PagedAttend(self.cache, batch, positions)
         streams = decoder.streams(batch.tokens.to(device), positions.to(device), attend)
-        logits = decoder.logits(streams[torch.tensor(rows, device=streams.device)]).cpu()
+        logits = decoder.logits(streams[torch.tensor(rows, dtype=torch.int64, device=streams.device)]).cpu()
         if decoder.token_ids is None:
             return logits
         full = torch.full((len(rows), decoder.spec.vocabulary), -torch.inf)

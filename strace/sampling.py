@@ -1,9 +1,9 @@
 """From logits to tokens: one pure pipeline for draft, verify and plain decoding, and the speculative acceptance rule.
 
-Randomness is counter-based: a number depends only on (seed, position, purpose), never on what else ran. With a seed in the
-request every path takes `argmax(log p + Gumbel(seed, position))` (arXiv:2408.07978), so speculation cannot change the text.
-Without one, drafts are accepted with probability min(1, p/q) and a rejected one is replaced from the residual, so the law of
-the text is the full model's (arXiv:2211.17192).
+Randomness is counter-based: a number depends only on (seed, position, purpose), never on what else ran. With a seed in
+the request every path takes `argmax(log p + Gumbel(seed, position))` (arXiv:2408.07978), so speculation cannot change
+the text. Without one, drafts are accepted with probability min(1, p/q) and a rejected one is replaced from the
+residual, so the law of the text is the full model's (arXiv:2211.17192).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Noise:
 def process(rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingParams) -> Tensor:
     """The distributions that tokens are drawn from: float32 logits [R, V] -> float32 probabilities [R, V].
 
-    histories: per row, the tokens generated before it (drafts included), which the penalties count. Order as in the OpenAI
-    API's description: penalties, temperature, top_k, top_p. Equal logits go to the lowest id.
+    histories: per row, the tokens generated before it (drafts included), which the penalties count. Order as in the
+    OpenAI API's description: penalties, temperature, top_k, top_p. Equal logits go to the lowest id.
     """
     if params.presence_penalty or params.frequency_penalty:
         rows = rows.clone()
@@ -73,7 +73,8 @@ def process(rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingPa
             row[torch.from_numpy(ids)] -= penalty
     if params.temperature == 0:
         return torch.zeros_like(rows).scatter_(1, rows.argmax(1, keepdim=True), 1.0)
-    rows = rows / params.temperature
+    # From the top down, so that no temperature above 0, however small, makes an infinity.
+    rows = (rows - rows.amax(1, keepdim=True)) / params.temperature
     if 0 < params.top_k < rows.shape[1] or params.top_p < 1:
         rows = _truncate(rows, params)
     return rows.softmax(1)
@@ -81,13 +82,13 @@ def process(rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingPa
 
 def _truncate(rows: Tensor, params: SamplingParams) -> Tensor:
     """-inf outside the top_k ids and outside the smallest set of them that holds top_p of the probability."""
-    values, ids = rows.sort(1, descending=True, stable=True)
+    values, ids = rows.sort(dim=1, descending=True, stable=True)
     if params.top_k > 0:
         values[:, params.top_k :] = -torch.inf
     if params.top_p < 1:
         share = values.softmax(1)
-        # The id that reaches top_p stays in: what lies *before* an id decides.
-        values[share.cumsum(1) - share >= params.top_p] = -torch.inf
+        # The id that reaches top_p stays in: what lies *before* an id decides. The first stays whatever top_p is.
+        values[:, 1:][share.cumsum(1)[:, :-1] >= params.top_p] = -torch.inf
     return torch.full_like(rows, -torch.inf).scatter_(1, ids, values)
 
 
@@ -108,6 +109,19 @@ def draw_token(p: Tensor, noise: Noise, position: int) -> int:
     return draw(p, noise, position, Purpose.TOKEN)
 
 
+def acceptance(p: Tensor, q: Tensor, token: int) -> float:
+    """The probability min(1, p/q) that a draft `token`, drawn from q, stands as a draw from p (both float32 [V])."""
+    drafted, wanted = float(q[token]), float(p[token])
+    return 1.0 if drafted <= wanted else wanted / drafted
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """The law float32 [V] of what replaces a rejected draft: max(p - q, 0), normalised; p where they do not differ."""
+    excess = (p - q).clamp_min(0)
+    total = excess.sum()
+    return excess / total if total > 0 else p
+
+
 def accepts(p: Tensor, q: Tensor, token: int, noise: Noise, position: int) -> bool:
     """Whether a draft `token`, drawn from q, stands as a draw from p (both float32 [V]).
 
@@ -115,16 +129,14 @@ def accepts(p: Tensor, q: Tensor, token: int, noise: Noise, position: int) -> bo
     """
     if noise.shared:
         return draw_token(p, noise, position) == token
-    return float(noise.uniform(position, Purpose.ACCEPT)[0]) * float(q[token]) < float(p[token])
+    return float(noise.uniform(position, Purpose.ACCEPT)[0]) < acceptance(p, q, token)
 
 
 def draw_residual(p: Tensor, q: Tensor, noise: Noise, position: int) -> int:
-    """The token that replaces a rejected draft: from max(p - q, 0), normalised; with a shared seed, the full model's own."""
+    """The token that replaces a rejected draft; with a shared seed, the full model's own."""
     if noise.shared:
         return draw_token(p, noise, position)
-    residual = (p - q).clamp_min(0)
-    total = residual.sum()
-    return draw(residual / total if total > 0 else p, noise, position, Purpose.RESIDUAL)
+    return draw(residual(p, q), noise, position, Purpose.RESIDUAL)
 
 
 def verify(p: Tensor, q: Tensor, drafts: Sequence[int], noise: Noise, position: int) -> list[int]:
