@@ -53,10 +53,11 @@ class Request:
 class Ran:
     """What ran for one request: the accounts behind `strace` in the response and behind the metrics.
 
-    drafts: cycles that drafted. drafted, accepted: tokens. accepted_at[i]: accepted at draft position i. fallbacks: full passes
-    that low confidence or a rejection caused. unverified: tokens emitted before a full pass saw them; divergent: those of them
-    that the full model would not have chosen given the text before. seconds: time spent decoding; full_seconds: what the full
-    model would have needed for the same tokens, at its measured step cost.
+    drafts: cycles that drafted. drafted, accepted: tokens. accepted_at[i]: accepted at draft position i. fallbacks:
+    full passes that low confidence or a rejection caused. unverified: tokens emitted before a full pass saw them;
+    divergent: how many of those the full model would not have chosen given the text before (their expected number where
+    tokens are drawn without a seed). seconds: time spent decoding, in steps that read no prompt; full_seconds: what the
+    full model would have needed for the same tokens, at its measured step cost.
     """
 
     mode: Mode
@@ -69,7 +70,7 @@ class Ran:
     accepted_at: list[int] = field(default_factory=list)
     fallbacks: int = 0
     unverified: int = 0
-    divergent: int = 0
+    divergent: float = 0.0
     seconds: float = 0.0
     full_seconds: float = 0.0
     bypass: str | None = None
@@ -84,9 +85,9 @@ class Ran:
 class Update:
     """What one engine step added to a text.
 
-    `ids` are the new tokens, `drafted[i]` says that token i came from the subgraph's draft; `text` is what can be shown so far
-    (whole characters, nothing that may yet become a stop string). `finish` is `stop` or `length` on the last update, which also
-    carries the final accounts.
+    `ids` are the new tokens, `drafted[i]` says that token i came from the subgraph's draft; `text` is what can be shown
+    so far (whole characters, nothing that may yet become a stop string). `finish` is `stop` or `length` on the last
+    update, which also carries the final accounts.
     """
 
     ids: list[int]
