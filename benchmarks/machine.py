@@ -33,7 +33,9 @@ def require_idle() -> float:
     """The load found; ends the process where another job would spoil the figures."""
     load = busy_share()
     if load > BUSY_SHARE:
-        sys.exit(f"refusing to measure: another job uses {load:.0%} of this machine (limit {BUSY_SHARE:.0%}); stop it first")
+        sys.exit(
+            f"refusing to measure: another job uses {load:.0%} of this machine (limit {BUSY_SHARE:.0%}); stop it first"
+        )
     return load
 
 
@@ -52,7 +54,11 @@ def read_bandwidth(megabytes: int = 1024, rounds: int = 5) -> float:
 def describe() -> dict[str, Any]:
     """Device, threads and versions, as they stand in every result."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {

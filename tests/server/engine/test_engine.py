@@ -31,7 +31,7 @@ SEEDED = {"temperature": 1.0, "seed": 3}
 
 def poison(engine: Engine) -> None:
     """Overwrite everything that no running text may rely on."""
-    cache = engine._runner.cache
+    cache = engine.runner.cache
     for sequence in engine._running:
         for position in range(sequence.verified, len(sequence.blocks) * BLOCK):
             for entries in (*cache.keys, *cache.values):
