@@ -1,0 +1,155 @@
+"""From the engine's thread to the event loop: the texts of one HTTP request until they end or the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import TypeVar
+
+import anyio
+from fastapi import Request as HttpRequest
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.background import BackgroundTask
+
+from server.api.errors import count
+from server.api.protocol import ErrorBody, Reply, StraceReport, Usage
+from server.api.served import Engine
+from server.engine.request import Ran, Request, Update
+from server.metrics import Metrics
+
+T = TypeVar("T")
+DRAIN_SECONDS = 10
+
+
+class ClientGone(Exception):
+    """The client hung up; nobody reads an answer."""
+
+
+class Generation:
+    """One or more requests in the engine; leaving the `with` block, or `cancel`, ends those still running.
+
+    Raises (when made): Refused, Overloaded, with nothing left in the engine.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
+        self._handles = []
+        self._open = len(requests)
+        try:
+            for index, request in enumerate(requests):
+                self._handles.append(engine.submit(request, partial(self._deliver, index)))
+        except Exception:
+            self.cancel()
+            raise
+
+    def _deliver(self, index: int, news: Update | Exception) -> None:
+        """Called in the engine's thread."""
+        # The loop may be closed when the process is on its way out; then nobody waits for news.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+
+    def cancel(self) -> None:
+        """End whatever still runs."""
+        for handle in self._handles:
+            handle.cancel()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """Each update with the number of its request, until all have finished; raises what the engine delivers."""
+        while self._open:
+            index, news = await self._news.get()
+            if isinstance(news, Exception):
+                raise news
+            self._open -= news.finish is not None
+            yield index, news
+
+    async def collect(self) -> list[tuple[str, Update]]:
+        """Per request the whole text and the last update."""
+        texts: list[list[str]] = [[] for _ in self._handles]
+        last: dict[int, Update] = {}
+        async for index, update in self.updates():
+            texts[index].append(update.text)
+            last[index] = update
+        return [("".join(text), last[index]) for index, text in enumerate(texts)]
+
+
+async def while_connected(request: HttpRequest, work: Awaitable[T]) -> T:
+    """`work`'s result; if the client hangs up first, `work` is cancelled and ClientGone raised."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: HttpRequest) -> None:
+    """Return when the client hangs up (the body has been read, so nothing else can arrive)."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def event_stream(generation: Generation, chunks: AsyncIterator[Reply], metrics: Metrics) -> EventSourceResponse:
+    """`chunks` as server-sent events, `[DONE]` last; a stream that breaks ends with an error event."""
+
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        with generation:
+            try:
+                async for chunk in chunks:
+                    yield ServerSentEvent(chunk.model_dump_json())
+            except Exception as error:
+                yield ServerSentEvent(ErrorBody(error=count(error, metrics).detail).model_dump_json())
+            yield ServerSentEvent("[DONE]")
+
+    return EventSourceResponse(
+        events(),
+        sep="\n",
+        # A client that leaves before the first event never enters the generator's `with`.
+        background=BackgroundTask(generation.cancel),
+        # Streams may end on their own when the server is told to stop.
+        shutdown_event=anyio.Event(),
+        shutdown_grace_period=DRAIN_SECONDS,
+    )
+
+
+def count_usage(rans: Sequence[Ran]) -> Usage:
+    """Token counts over all texts of a response."""
+    prompt, completion = sum(ran.prompt_tokens for ran in rans), sum(ran.tokens for ran in rans)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def report(ran: Ran) -> StraceReport:
+    """What ran, for the response."""
+    return StraceReport(
+        mode=ran.mode.value,
+        class_name=ran.class_name,
+        drafts=ran.drafts,
+        drafted=ran.drafted,
+        accepted=ran.accepted,
+        fallbacks=ran.fallbacks,
+        unverified=ran.unverified,
+        divergent=ran.divergent,
+        realised_speedup=ran.speedup,
+        bypass=ran.bypass,
+    )
+
+
+def final_ran(update: Update) -> Ran:
+    """The accounts that every last update carries."""
+    assert update.ran is not None, "the engine's last update lacks its accounts"
+    return update.ran

@@ -1,0 +1,336 @@
+"""The API's types: OpenAI's requests and responses as far as they are served, and the `strace` extension.
+
+A request field that is not declared here is refused by name, whether OpenAI knows it (`UNBUILT`) or nobody does. A null
+stands for an absent field, as at OpenAI.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+UNBUILT = frozenset(
+    {
+        "audio",
+        "best_of",
+        "echo",
+        "function_call",
+        "functions",
+        "logit_bias",
+        "logprobs",
+        "modalities",
+        "moderation",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "response_format",
+        "suffix",
+        "tool_choice",
+        "tools",
+        "top_logprobs",
+        "verbosity",
+        "web_search_options",
+    }
+)
+"""Fields of OpenAI's that this server does not have yet."""
+
+StopString = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+ModeName = Literal["auto", "exact", "routed", "full"]
+FinishReason = Literal["stop", "length"]
+
+
+class Body(BaseModel):
+    """What clients send: exact types, nothing undeclared."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Reply(BaseModel):
+    """What the server sends."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+
+
+class StraceOptions(Body):
+    """How to decode this request; what is left out is the server's choice."""
+
+    mode: ModeName | None = Field(None, description="exact, routed, full or auto")
+    class_name: str | None = Field(None, alias="class", description="prompt class whose subgraph drafts")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="routed: confidence from which a token is emitted unverified"
+    )
+    max_draft: int | None = Field(None, ge=0, description="most tokens drafted before a full pass; 0: none")
+
+
+class TextPart(Body):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a conversation; the model's chat template decides which roles it takes."""
+
+    role: Literal["system", "user", "assistant", "developer", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string, parts on lines of their own."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class GenerationRequest(Body):
+    """What both generation endpoints take."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: no limit")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    n: Literal[1] = 1
+    strace: StraceOptions = StraceOptions()
+    # These cannot change the output, so they are taken and left alone.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, body: Any) -> Any:
+        """A known field that is null counts as absent."""
+        if not isinstance(body, dict):
+            return body
+        known = cls.model_fields.keys() | UNBUILT
+        return {name: value for name, value in body.items() if value is not None or name not in known}
+
+    @model_validator(mode="after")
+    def check_stream_options(self) -> GenerationRequest:
+        """`stream_options` without a stream would be silently ignored otherwise."""
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "only allowed when `stream` is true", {"param": "stream_options"}
+            )
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationRequest):
+    """Body of `/v1/chat/completions`; without a token limit the answer may fill the context."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def check_limits(self) -> ChatRequest:
+        """The old and the new name of the token limit must not contradict each other."""
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise PydanticCustomError("limits", "contradicts `max_tokens`", {"param": "max_completion_tokens"})
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The token limit by either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of `/v1/completions`: one prompt or several, as text or as token ids."""
+
+    DEFAULT_LIMIT: ClassVar[int] = 16
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one per choice of the response."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+
+class Usage(Reply):
+    """Token counts of a response, over all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class StraceReport(Reply):
+    """What ran for one text, and how much faster than the full model alone."""
+
+    mode: Literal["exact", "routed", "full"] = Field(description="the mode that ran")
+    class_name: str = Field(alias="class")
+    drafts: int = Field(description="rounds of drafting")
+    drafted: int = Field(description="tokens proposed by the subgraph")
+    accepted: int = Field(description="drafted tokens that the full model let stand")
+    fallbacks: int = Field(description="full passes caused by low confidence or a rejected draft")
+    unverified: int = Field(description="tokens emitted before a full pass saw them")
+    divergent: float = Field(
+        description="unverified tokens other than the full model's choice, their expected number if sampled"
+    )
+    realised_speedup: float | None = Field(description="the full model's time for these tokens / time taken")
+    bypass: str | None = Field(description="why nothing was drafted, if nothing was")
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class AssistantMessage(Reply):
+    """The answer of a chat completion."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Reply):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Reply):
+    """Response of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    strace: StraceReport
+
+
+class Delta(Reply):
+    """What a chunk adds to the answer."""
+
+    role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
+    content: str | None = Field(None, exclude_if=_is_none)
+
+
+class ChunkChoice(Reply):
+    """One answer's share of a chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(Reply):
+    """One event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    strace: StraceReport | None = Field(None, exclude_if=_is_none)
+
+
+class CompletionChoice(Reply):
+    """One prompt's continuation, or in a stream the next piece of it."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None
+
+
+class Completion(Reply):
+    """Response of `/v1/completions`, and each event of its stream, where `usage` and `strace` come last.
+
+    `strace` is one report, or for several prompts a list with one per choice.
+    """
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=_is_none)
+
+
+class ModelCard(Reply):
+    """A name that requests may ask for."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["strace-llm"] = "strace-llm"
+    max_model_len: int = Field(description="context in tokens")
+
+
+class ModelList(Reply):
+    """Response of `/v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(Reply):
+    """Response of the health endpoints."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(Reply):
+    """Response of `/version`."""
+
+    version: str
+
+
+class ErrorDetail(Reply):
+    """What was wrong, with the request's field at fault where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Reply):
+    """Every error response."""
+
+    error: ErrorDetail

@@ -1,0 +1,201 @@
+"""The command `strace-llm`: `serve`, `generate` and `chat` from here, the offline commands from `strace.cli`.
+
+Exit codes: 0 done, 1 the model or the run failed, 2 wrong usage. Nothing the user did ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from server import console
+from server.api.errors import ApiError
+from server.api.protocol import ChatRequest, CompletionRequest, Message, StraceOptions
+from server.config import Dtype, EngineConfig, ServeConfig
+from server.engine.engine import StepFailed
+from server.engine.request import Mode
+from server.load import load_served
+from server.serve import serve as run_server
+from strace.cli import app as offline
+
+C = TypeVar("C", bound=EngineConfig)
+FAILED, WRONG_USAGE = 1, 2
+
+app = typer.Typer(
+    name="strace-llm",
+    help="Serve a Hugging Face causal LM through compact subgraphs of it, checked by the full model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(offline)
+
+
+def setting(name: str, *flags: str) -> Any:
+    """The flag of a ServeConfig field, with the field's own description and default."""
+    field = ServeConfig.model_fields[name]
+    return typer.Option(
+        *flags, help=field.description, show_default="" if field.default is None else str(field.default)
+    )
+
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(help=ServeConfig.model_fields["model"].description, show_default="embedded")
+]
+ModelFlag = Annotated[str | None, setting("model", "--model")]
+Subgraphs = Annotated[Path | None, setting("subgraphs")]
+ModeFlag = Annotated[Mode | None, setting("mode")]
+DtypeFlag = Annotated[Dtype | None, setting("dtype")]
+Device = Annotated[str | None, setting("device")]
+Context = Annotated[int | None, setting("context")]
+ClassFlag = Annotated[
+    str | None, typer.Option("--class", help="prompt class; default: chosen by the prompt", show_default=False)
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="most tokens to generate")]
+Temperature = Annotated[float, typer.Option(min=0, max=2, help="0: greedy")]
+TopP = Annotated[float, typer.Option(min=1e-6, max=1, help="share of the probability to draw from")]
+TopK = Annotated[int, typer.Option(min=0, help="number of tokens to draw from; 0: all")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=-(2**63), max=2**63 - 1, help="makes a run repeatable in every verified mode", show_default=False),
+]
+
+
+@app.command(
+    epilog="Every flag has an environment variable: STRACE_LLM_PORT for --port, STRACE_LLM_API_KEY for --api-key. "
+    "Example: strace-llm serve HuggingFaceTB/SmolLM2-135M --port 8001 --mode exact"
+)
+def serve(
+    model: ModelArgument = None,
+    subgraphs: Subgraphs = None,
+    host: Annotated[str | None, setting("host")] = None,
+    port: Annotated[int | None, setting("port")] = None,
+    mode: ModeFlag = None,
+    dtype: DtypeFlag = None,
+    device: Device = None,
+    context: Context = None,
+    served_model_name: Annotated[str | None, setting("served_model_name")] = None,
+    api_key: Annotated[str | None, setting("api_key")] = None,
+    max_queue: Annotated[int | None, setting("max_queue")] = None,
+    kv_memory: Annotated[int | None, setting("kv_memory")] = None,
+    max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
+) -> None:
+    """Serve a model over an OpenAI-compatible API until interrupted."""
+    config = configure(ServeConfig, **locals())
+    with told():
+        run_server(config)
+
+
+@app.command(epilog='Example: strace-llm generate "def fib(n):" --max-tokens 64 --temperature 0 --class code')
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    model: ModelFlag = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    mode: ModeFlag = None,
+    class_name: ClassFlag = None,
+    subgraphs: Subgraphs = None,
+    dtype: DtypeFlag = None,
+    device: Device = None,
+    context: Context = None,
+) -> None:
+    """Continue a prompt; the subgraph's and the full model's tokens in two colours, the speedup at the end."""
+    config = configure(EngineConfig, **locals())
+    with told(), console.running(load_served(config)) as served:
+        body = CompletionRequest(
+            model=served.name,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            strace=StraceOptions.model_validate({"class": class_name}),
+        )
+        console.generate(served, body, Console(), Console(stderr=True))
+
+
+@app.command(epilog="Ctrl-D ends the conversation, Ctrl-C an answer. Example: strace-llm chat --temperature 0.7")
+def chat(
+    model: ModelArgument = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="most tokens per answer", show_default="rest of the context")
+    ] = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    mode: ModeFlag = None,
+    class_name: ClassFlag = None,
+    subgraphs: Subgraphs = None,
+    dtype: DtypeFlag = None,
+    device: Device = None,
+    context: Context = None,
+) -> None:
+    """Talk with a model, line by line."""
+    config = configure(EngineConfig, **locals())
+    with told(), console.running(load_served(config)) as served:
+
+        def ask(messages: list[Message]) -> ChatRequest:
+            return ChatRequest(
+                model=served.name,
+                messages=messages,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                strace=StraceOptions.model_validate({"class": class_name}),
+            )
+
+        console.converse(served, ask, Console(), Console(stderr=True))
+
+
+def configure(kind: type[C], **flags: Any) -> C:
+    """The configuration: flags that were given before environment before defaults. Exits when it is wrong."""
+    given = {name: value for name, value in flags.items() if name in kind.model_fields and value is not None}
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+        fail(f"{flag} (or STRACE_LLM_{name.upper()}): {first['msg']}", WRONG_USAGE)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """End with one line instead of a traceback for what a user can put right."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except ApiError as error:
+        fail(str(error), WRONG_USAGE)
+    except (ValueError, OSError, StepFailed) as error:
+        fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong on stderr, in one line, and exit."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console command."""
+    app()

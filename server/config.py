@@ -1,0 +1,56 @@
+"""What `serve` can be told: flags before environment (`STRACE_LLM_PORT`, ...) before defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from server.engine.request import Mode
+from strace.checkpoint import EMBEDDED
+
+Dtype = Literal["auto", "bf16", "fp32", "int8", "int4"]
+
+
+class EngineConfig(BaseSettings):
+    """Which model runs, and how."""
+
+    model_config = SettingsConfigDict(env_prefix="STRACE_LLM_", env_ignore_empty=True, frozen=True)
+
+    model: str = Field(EMBEDDED, min_length=1, description="`embedded`, a Hugging Face folder, or a hub name")
+    subgraphs: Path | None = Field(None, description="folder of subgraphs; the embedded model brings its own")
+    mode: Mode = Field(Mode.AUTO, description="mode of requests that name none")
+    dtype: Dtype = Field("auto", description="format of the full model's weights")
+    device: str = Field("cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto")
+    context: int | None = Field(None, ge=1, description="most tokens of prompt and answer; default: the model's limit")
+    kv_memory: int | None = Field(None, ge=1, description="MiB for the KV cache; default: a share of what is free")
+    max_queue: int = Field(64, ge=1, description="requests that may wait before new ones are refused with 429")
+
+
+class ServeConfig(EngineConfig):
+    """The whole of `strace-llm serve`."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="name that requests use; default: the model's own"
+    )
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="key that requests must send; default: none needed"
+    )
+    max_body_bytes: int = Field(4 * 2**20, ge=1, description="largest request body")
+
+    @field_validator("served_model_name")
+    @classmethod
+    def refuse_colon(cls, name: str | None) -> str | None:
+        """A colon would be taken for the beginning of a mode or class."""
+        if name is not None and ":" in name:
+            raise ValueError("must not contain a colon")
+        return name
+
+    @property
+    def name(self) -> str:
+        """The served name: as asked for, else a folder's own name, else the model as given."""
+        return self.served_model_name or (Path(self.model).resolve().name if Path(self.model).is_dir() else self.model)

@@ -1,0 +1,48 @@
+"""From a configuration to a model that the API and the console can ask."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import torch
+
+from server.api.served import Served
+from server.config import EngineConfig, ServeConfig
+from server.engine.build import Placement, build_engine, choose_dtype
+from server.engine.options import Options
+from server.metrics import Metrics
+
+
+def load_served(config: EngineConfig) -> Served:
+    """The configured model with its engine, which is not started yet.
+
+    Raises:
+        ValueError: saying what cannot be loaded and why: BadCheckpoint, UnsupportedModel, BadSubgraph, or a device or
+            memory that is not there.
+    """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {config.device!r} is not available on this machine")
+    metrics = Metrics()
+    kv_memory = None if config.kv_memory is None else config.kv_memory * 2**20
+    placement = Placement(config.device, config.dtype, config.context, kv_memory=kv_memory)
+    engine, checkpoint = build_engine(
+        config.model,
+        config.subgraphs,
+        placement=placement,
+        options=Options(max_waiting=config.max_queue),
+        observer=metrics,
+    )
+    name = config.name if isinstance(config, ServeConfig) else config.model
+    metrics.watch(engine.stats)
+    metrics.info.labels(version("strace-llm"), name, choose_dtype(placement), config.device).set(1)
+    return Served(
+        name=name,
+        engine=engine,
+        tokenizer=checkpoint.tokenizer,
+        vocabulary=engine.limits.vocabulary,
+        context=engine.limits.context,
+        classes=engine.classes,
+        metrics=metrics,
+        mode=config.mode,
+        max_queue=config.max_queue,
+    )

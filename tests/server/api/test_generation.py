@@ -1,0 +1,71 @@
+"""A stream that nobody reads any more leaves nothing in the engine, whenever its reader went."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from starlette.types import Message, Receive, Send
+
+from server.api.generation import Generation, event_stream
+from server.api.protocol import Health, Reply
+from server.engine.request import Request
+from server.metrics import Metrics
+from strace.sampling import SamplingParams
+from tests.server.api.fake import FakeEngine
+
+
+async def stream(engine: FakeEngine, receive: Receive, send: Send) -> None:
+    """Send one event per update of an endless text."""
+    generation = Generation(engine, [Request("x", [1], SamplingParams(), 8)])
+
+    async def chunks() -> AsyncIterator[Reply]:
+        async for _ in generation.updates():
+            yield Health()
+
+    await event_stream(generation, chunks(), Metrics())({"type": "http", "method": "POST"}, receive, send)
+
+
+async def stay() -> Message:
+    await asyncio.sleep(60)
+    raise AssertionError("the stream outlived its reader")
+
+
+async def leave() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def fail(message: Message) -> None:
+    if message.get("body"):
+        raise ConnectionResetError("the line is cut")
+
+
+async def block(message: Message) -> None:
+    await asyncio.sleep(60)
+
+
+def test_line_cut_while_sending() -> None:
+    engine = FakeEngine(endless=True)
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(stream(engine, stay, fail))
+    assert engine.handles[0].cancelled.is_set()
+    engine.stop()
+
+
+def test_reader_gone_before_the_first_event() -> None:
+    engine = FakeEngine(endless=True)
+    asyncio.run(stream(engine, leave, block))
+    assert engine.handles[0].cancelled.is_set()
+    engine.stop()
+
+
+def test_failed_submission_cancels_the_earlier_ones() -> None:
+    async def submit(engine: FakeEngine) -> None:
+        Generation(engine, [Request(str(i), [1], SamplingParams(), 8) for i in range(2)])
+
+    engine = FakeEngine(endless=True, room=1)
+    with pytest.raises(RuntimeError, match="full"):
+        asyncio.run(submit(engine))
+    assert engine.handles[0].cancelled.is_set()
+    engine.stop()
