@@ -1,4 +1,6 @@
-"""What every benchmark needs to be believed: an idle machine, its description, its read bandwidth, one JSON last line."""
+"""What every benchmark needs to be believed: an idle machine, its description, its read bandwidth, one JSON last
+line.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ def training_text(corpus: Path) -> Iterator[str]:
 
 
 def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 8,192 pieces, its special tokens and chat template, ready to save."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -64,6 +65,7 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder of CLASS.PART.jsonl files")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the tokenizer's files")

@@ -121,6 +121,7 @@ def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    """The inverse of `flatten_state`, into an optimizer of the same parameters."""
     whole = optimizer.state_dict()
     for name, tensor in flat.items():
         index, key = name.split(".")
@@ -182,6 +183,7 @@ def load_tokens(corpus: Path, output: Path) -> tuple[PreTrainedTokenizerFast, di
 
 
 def train(arguments: argparse.Namespace) -> None:
+    """Run, or go on, until the tokens are spent or a signal asks for a checkpoint and an end."""
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     tokenizer, tokens = load_tokens(arguments.corpus, output)
@@ -228,6 +230,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder of CLASS.PART.jsonl files; only the train part is read")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint, log and model")
