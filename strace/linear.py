@@ -23,6 +23,7 @@ from torch import Tensor
 GROUP = 32
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("fp32", "bf16", "int8", "int4")
+_CACHE_LINE = 64
 _KERNEL_ROWS = 16  # torch's CPU int4 kernel takes output rows in multiples of this
 
 
@@ -117,7 +118,9 @@ class Linear:
 
     def _use_int8(self, weight: Codes) -> Callable[[Tensor], Tensor]:
         kernel, scales = torch.ops.aten._weight_int8pack_mm.default, weight.scales[:, 0].contiguous()
-        return lambda x: self._add_bias(kernel(x, weight.codes, scales))
+        # torch's kernel crashes on codes that lie anywhere but on a cache line, as those of a mapped file may.
+        codes = weight.codes.clone() if weight.codes.data_ptr() % _CACHE_LINE else weight.codes
+        return lambda x: self._add_bias(kernel(x, codes, scales))
 
     def _use_int4(self, weight: Codes) -> Callable[[Tensor], Tensor]:
         n = self.shape[0]

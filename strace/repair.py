@@ -1,0 +1,271 @@
+"""Repair and quantise: fit what a subgraph keeps so that its stream follows the full model's.
+
+Layer by layer, on the inputs that the compact, quantised layers before really give, and in the serving regime (draft
+blocks of 1 to 8 positions over the full model's keys and values, see blocks.py). Input projections are rounded with
+their inputs' second moments (arXiv:2210.17323); output projections are fitted by ridge regression towards the sliced
+weights, rounded the same way, and get the bias that removes the mean residual. How hard the ridge pulls is judged after
+rounding, on texts apart from those fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from strace.blocks import BlockAttend, RecordAttend, random_starts
+from strace.decoder import Decoder, Layer, add
+from strace.keep import Kept, slice_decoder
+from strace.linear import DENSE, GROUP, Codes, Linear, quantise
+from strace.texts import Texts
+
+RIDGES = (0.003, 0.03, 0.3, 3.0)  # in mean diagonals of the inputs' moments
+DAMPING = 0.01
+
+
+class Moments:
+    """Second moments of a product's inputs x [N, K] and wanted outputs r [N, D], float64, and their means.
+
+    A constant is appended to x: the last row and column hold its sums.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
+        self.xr = torch.zeros(inputs + 1, outputs, dtype=torch.float64, device=device)
+        self.rr = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, r: Tensor | None = None) -> None:
+        """Count rows in; without r only the inputs' moments grow."""
+        x = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
+        self.xx += (x.T @ x).double()
+        if r is not None:
+            self.xr += (x.T @ r).double()
+            self.rr += r.double().square().sum()
+
+    @property
+    def inputs(self) -> Tensor:
+        """[K, K], about zero."""
+        return self.xx[:-1, :-1]
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """[K, K] and [K, D] about the means: what is left for a weight when the bias takes the means."""
+        n, x, r = self.xx[-1, -1], self.xx[:-1, -1], self.xr[-1]
+        return self.inputs - torch.outer(x, x) / n, self.xr[:-1] - torch.outer(x, r) / n
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """float64 [D]: the mean of r - W x."""
+        return (self.xr[-1] - weight.double() @ self.xx[:-1, -1]) / self.xx[-1, -1]
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Mean squared error per row of W x + b against r."""
+        both = torch.cat([weight.double(), bias.double()[:, None]], 1)
+        total = ((both @ self.xx) * both).sum() - 2 * (both * self.xr.T).sum() + self.rr
+        return float(total / self.xx[-1, -1])
+
+
+def round_second_order(weight: Tensor, moments: Tensor) -> Codes:
+    """int4 codes of a [N, K] matrix, each column's rounding error carried to the columns after it by the inverse of the
+    inputs' moments [K, K] (GPTQ, arXiv:2210.17323); groups of 32 are scaled on the weights as carried so far."""
+    k = weight.shape[1]
+    damped = moments + DAMPING * moments.diagonal().mean().clamp_min(1e-12) * torch.eye(k, device=moments.device)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    left, upper = weight.double().clone(), upper / upper.diagonal()[:, None]
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+    for start in range(0, k, GROUP):
+        group = slice(start, start + GROUP)
+        scale = quantise(left[:, group], "int4").scales
+        errors = torch.empty_like(left[:, group])
+        for j in range(start, start + GROUP):
+            codes[:, j] = (left[:, j] / scale[:, 0].double()).round().clamp(-8, 7).to(torch.int8)
+            errors[:, j - start] = left[:, j] - codes[:, j] * scale[:, 0].double()
+            left[:, j + 1 : group.stop] -= torch.outer(errors[:, j - start], upper[j, j + 1 : group.stop])
+        left[:, group.stop :] -= errors @ upper[group, group.stop :]
+        scales.append(scale)
+    return Codes("int4", codes, torch.cat(scales, 1))
+
+
+def round_matrix(weight: Tensor, moments: Tensor, format: str) -> Tensor | Codes:
+    """A [N, K] matrix in `format`, dense ones as they are; int4 falls back to int8 where K is no multiple of its group,
+    as in `make_linear`."""
+    if format in DENSE:
+        return weight
+    if format == "int4" and weight.shape[1] % GROUP == 0:
+        return round_second_order(weight, moments)
+    return quantise(weight, "int8")
+
+
+def as_dense(weight: Tensor | Codes) -> Tensor:
+    """float32 [N, K]."""
+    return weight.dense() if isinstance(weight, Codes) else weight.float()
+
+
+def fit_output(sliced: Tensor, fit: Moments, choose: Moments, format: str) -> tuple[Tensor | Codes, Tensor]:
+    """The output projection [D, K] in `format` and its bias [D]: ridge regression of the wanted outputs towards
+    `sliced`, for the ridge whose rounded result errs least on `choose`. Where no fit beats them, the sliced weights
+    stay."""
+    xx, xr = fit.centred()
+    start = sliced.double()
+    moved = xr.T - start @ xx
+    unit = xx.diagonal().mean().clamp_min(1e-12) * torch.eye(len(xx), device=xx.device)
+    fitted = [start + torch.linalg.solve(xx + ridge * unit, moved, left=False) for ridge in RIDGES]
+    tried = []
+    for weight in (start, *fitted):
+        rounded = round_matrix(weight, xx, format)
+        bias = fit.bias(as_dense(rounded))
+        tried.append((choose.error(as_dense(rounded), bias), rounded, bias))
+    _, rounded, bias = min(tried, key=lambda t: t[0])
+    return rounded, bias
+
+
+@dataclass
+class March:
+    """One batch on its way through the layers: the full model's stream and the subgraph's, float32 [S * n, hidden], and
+    the full model's keys and values of the layer at hand."""
+
+    texts: Texts
+    starts: Tensor
+    rotation: tuple[Tensor, Tensor]
+    full: Tensor
+    own: Tensor
+    fitted_on: bool
+    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def real(self, values: Tensor) -> Tensor:
+        """The rows of `values` that are not padding."""
+        return values[self.texts.real.flatten().to(values.device)]
+
+    def move(self, device: torch.device) -> None:
+        """Bring the streams to the device of the next layer."""
+        if self.own.device != device:
+            self.full, self.own = self.full.to(device), self.own.to(device)
+            self.rotation = self.rotation[0].to(device), self.rotation[1].to(device)
+
+
+class Capture:
+    """A tap that keeps one activation."""
+
+    value: Tensor
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, name: str, layer: int, value: Tensor) -> Tensor:
+        if name == self.name:
+            self.value = value
+        return value
+
+
+class Repair:
+    """One repair under way. `served` is the subgraph as it will be served; `work` has the same numbers with rounded
+    matrices expanded, because the kernels of quantised formats are slow over thousands of rows."""
+
+    def __init__(self, full: Decoder, kept: Kept, format: str, marches: list[March]) -> None:
+        self.full, self.format, self.marches = full, format, marches
+        self.work, self.served = slice_decoder(full, kept), slice_decoder(full, kept)
+
+    def attention(self, l: int) -> None:
+        """Advance all streams over the attention of layer `l`."""
+        for march in self.marches:
+            march.move(_device(self.full.layers[l]))
+            record = RecordAttend(*march.texts.shape, device=march.full.device)
+            march.full = add(march.full, self.full.attention(l, march.full, march.rotation, record))
+            march.entries = record.entries
+        part = self.work.layers[l].attention
+        if part is None:
+            return
+        qkv, dense = self._round_input(part.qkv, part.norm)
+        self.work.layers[l].attention = replace(part, qkv=dense)
+        inputs = []
+        for march in self.marches:
+            tap = Capture("z")
+            self.work.attention(l, march.own, march.rotation, BlockAttend(march.starts, march.entries), tap)
+            inputs.append(tap.value)
+        o, dense_o = self._fit_output(part.o, inputs)
+        self.work.layers[l].attention = replace(part, qkv=dense, o=dense_o)
+        self.served.layers[l].attention = replace(part, qkv=qkv, o=o)
+
+    def mlp(self, l: int) -> None:
+        """Advance all streams over the MLP of layer `l`."""
+        for march in self.marches:
+            march.full = add(march.full, self.full.mlp(l, march.full))
+        part = self.work.layers[l].mlp
+        if part is None:
+            return
+        gate_up, dense = self._round_input(part.gate_up, part.norm)
+        self.work.layers[l].mlp = replace(part, gate_up=dense)
+        inputs = []
+        for march in self.marches:
+            tap = Capture("act")
+            self.work.mlp(l, march.own, tap)
+            inputs.append(tap.value)
+        down, dense_down = self._fit_output(part.down, inputs)
+        self.work.layers[l].mlp = replace(part, gate_up=dense, down=dense_down)
+        self.served.layers[l].mlp = replace(part, gate_up=gate_up, down=down)
+
+    def head(self) -> None:
+        """Round the head for the normalised streams that it will read."""
+        for march in self.marches:
+            march.move(self.full.final_norm.device)
+        self.served.head, self.work.head = self._round_input(self.served.head, self.full.final_norm)
+
+    def _round_input(self, linear: Linear, norm: Tensor) -> tuple[Linear, Linear]:
+        moments = Moments(linear.shape[1], 0, norm.device)
+        for march in self.marches:
+            if march.fitted_on:
+                moments.add(march.real(self.full.normalise(march.own, norm)))
+        return self._linears(round_matrix(linear.dense(), moments.inputs, self.format), linear.bias)
+
+    def _fit_output(self, sliced: Linear, inputs: list[Tensor]) -> tuple[Linear, Linear]:
+        """Fit towards what the full stream has that the own one lacks, then add the result to the own streams."""
+        fit, choose = (Moments(sliced.shape[1], sliced.shape[0], inputs[0].device) for _ in range(2))
+        for march, x in zip(self.marches, inputs, strict=True):
+            moments = fit if march.fitted_on else choose
+            moments.add(march.real(x), march.real(march.full - march.own))
+        served, dense = self._linears(*fit_output(sliced.dense(), fit, choose, self.format))
+        for march, x in zip(self.marches, inputs, strict=True):
+            march.own = march.own + dense(x)
+        return served, dense
+
+    def _linears(self, weight: Tensor | Codes, bias: Tensor | None) -> tuple[Linear, Linear]:
+        """As served, and expanded."""
+        dtype = self.full.dtype
+        bias = None if bias is None else bias.to(dtype)
+        dense = Linear(as_dense(weight).to(dtype), bias)
+        return Linear(weight, bias, dtype) if isinstance(weight, Codes) else dense, dense
+
+
+def _device(layer: Layer) -> torch.device:
+    part = layer.attention or layer.mlp
+    assert part is not None
+    return part.norm.device
+
+
+@torch.inference_mode()
+def repair(
+    full: Decoder, kept: Kept, format: str, fit: Sequence[Texts], choose: Sequence[Texts], seed: int = 0
+) -> Decoder:
+    """The kept units of `full`, rounded to `format` and fitted on the texts of `fit`; see the module.
+
+    Sublayers that were dropped stay dropped: the next one that is kept is fitted towards the full stream after it, and
+    so takes over what it can of theirs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    work = Repair(full, kept, format, [_start(full, t, generator, t_fit) for t, t_fit in _both(fit, choose)])
+    for l in range(len(full.layers)):
+        work.attention(l)
+        work.mlp(l)
+    work.head()
+    return work.served
+
+
+def _both(fit: Sequence[Texts], choose: Sequence[Texts]) -> list[tuple[Texts, bool]]:
+    return [(texts, True) for texts in fit] + [(texts, False) for texts in choose]
+
+
+def _start(full: Decoder, texts: Texts, generator: torch.Generator, fitted_on: bool) -> March:
+    device = full.embed.device
+    stream = full.embed[texts.tokens.flatten().to(device)].float()
+    rotation = full.rotation(texts.positions.to(device))
+    return March(texts, random_starts(texts.shape, generator), rotation, stream, stream, fitted_on)

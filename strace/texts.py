@@ -1,0 +1,63 @@
+"""Tokenised texts in batches, as tracing, repair and measuring read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LONGEST, SHORTEST = (
+    384,
+    16,
+)  # tokens of a piece: long enough for context, short enough that attention patterns stay small
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Texts:
+    """S texts padded on the right to n tokens: causality keeps the padding from touching what comes before it.
+
+    tokens: int64 [S, n]. lengths: int64 [S].
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [S * n]."""
+        return torch.arange(self.shape[1]).repeat(self.shape[0])
+
+    @property
+    def real(self) -> Tensor:
+        """bool [S, n]: False on padding."""
+        return torch.arange(self.shape[1]) < self.lengths[:, None]
+
+
+def cut_pieces(texts: Sequence[Sequence[int]], longest: int = LONGEST) -> list[list[int]]:
+    """Consecutive pieces of at most `longest` tokens; a rest too short to show anything is left out."""
+    pieces = [list(text[i : i + longest]) for text in texts for i in range(0, len(text), longest)]
+    return [piece for piece in pieces if len(piece) >= min(SHORTEST, longest)]
+
+
+def batch_texts(pieces: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS) -> list[Texts]:
+    """Batches of at most about `tokens` padded tokens, pieces of like length together."""
+    batches: list[list[Sequence[int]]] = []
+    for piece in sorted(pieces, key=len, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > tokens:
+            batches.append([])
+        batches[-1].append(piece)
+    return [_pad(batch) for batch in batches]
+
+
+def _pad(pieces: Sequence[Sequence[int]]) -> Texts:
+    padded = torch.zeros(len(pieces), max(map(len, pieces)), dtype=torch.int64)
+    for row, piece in zip(padded, pieces, strict=True):
+        row[: len(piece)] = torch.tensor(piece)
+    return Texts(padded, torch.tensor([len(p) for p in pieces]))

@@ -1,0 +1,61 @@
+"""The short head: specials always, the most used first, and the coverage that is promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strace.checkpoint import load_decoder, open_checkpoint
+from strace.decoder import DenseAttend
+from strace.head import count_tokens, measure_mass, rank_tokens, short_enough, special_ids
+from strace.texts import batch_texts
+from tests.tiny import random_tokens, save_tiny
+
+
+def test_mass_is_the_mean_distribution_whatever_the_padding(tmp_path: Path) -> None:
+    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path))), "fp32")
+    texts = [random_tokens(n, seed=n).tolist() for n in (30, 21)]
+    mass = measure_mass(full, batch_texts(texts))
+    rows = [full.logits(full.streams(torch.tensor(t), torch.arange(len(t)), DenseAttend(1, len(t)))) for t in texts]
+    torch.testing.assert_close(mass.float(), torch.cat(rows).softmax(-1).mean(0))
+    assert abs(float(mass.sum()) - 1) < 1e-5
+
+
+def test_counts_leave_padding_out() -> None:
+    shares = count_tokens(batch_texts([[5, 5, 7], [7]]), 10)
+    torch.testing.assert_close(shares[[5, 7]], torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert shares[0] == 0
+
+
+def test_specials_are_those_of_tokenizer_and_generation(tmp_path: Path) -> None:
+    # Ids 256..258; the model's own vocabulary is larger.
+    assert special_ids(open_checkpoint(str(save_tiny(tmp_path)))) == [256, 257, 258]
+
+
+@given(st.integers(0, 100), st.floats(0.05, 0.999))
+def test_the_fewest_rows_that_cover(seed: int, coverage: float) -> None:
+    mass = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 8
+    mass /= mass.sum()
+    ranked = rank_tokens(mass, torch.zeros(400), [3, 399])
+    ids = short_enough(ranked, mass, coverage)
+    if ids is None:
+        assert float(mass[ranked[:384]].sum()) < coverage
+        return
+    assert {3, 399} <= set(ids.tolist())
+    assert ids.equal(ids.unique())
+    assert len(ids) % 32 == 0
+    assert float(mass[ids].sum()) >= coverage
+    assert len(ids) == 32 or float(mass[ranked[: len(ids) - 32]].sum()) < coverage
+
+
+def test_full_coverage_needs_no_short_head() -> None:
+    mass = torch.full((100,), 0.01, dtype=torch.float64)
+    assert short_enough(rank_tokens(mass, mass, []), mass, 1.0) is None
+
+
+def test_a_token_the_class_uses_ranks_before_one_that_nobody_does() -> None:
+    mass, counts = torch.tensor([0.5, 0.2, 0.3, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.4])
+    assert rank_tokens(mass, counts, []).tolist() == [0, 3, 2, 1]

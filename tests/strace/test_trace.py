@@ -1,0 +1,140 @@
+"""The pipeline: from a tiny model and prompts to a folder that loads, is finished once, and says what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from strace import measure
+from strace import trace as pipeline
+from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
+from strace.classes import BadPrompts, Classifier
+from strace.measure import measure_acceptance
+from strace.subgraph import MANIFEST, TENSORS, Manifest, load_subgraphs, read_manifest
+from strace.texts import batch_texts
+from strace.trace import Options, plan_candidates, trace
+from tests.tiny import random_tokens, save_tiny
+
+
+def write_prompts(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, alphabet in (("letters", "abcdefgh "), ("digits", "0123456 ")):
+        lines = [{"text": "".join(rng.choice(list(alphabet), 70)), "source": f"{name} {i}"} for i in range(24)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+Traced = tuple[Options, dict[str, Manifest]]
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "ROUNDS", 1)  # what the clock says is not checked here
+        yield _trace(tmp_path_factory)
+
+
+def _trace(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    here = tmp_path_factory.mktemp("traced")
+    options = Options(str(save_tiny(here / "model")), here / "out", write_prompts(here / "prompts"), size=0.25)
+    return options, trace(options, lambda line: None)
+
+
+def test_every_class_and_pooled_get_a_folder_that_loads(traced: Traced) -> None:
+    options, made = traced
+    assert sorted(made) == ["digits", "letters", "pooled"]
+    checkpoint = open_checkpoint(options.model)
+    full = load_decoder(checkpoint)
+    graphs = load_subgraphs(options.output, checkpoint, full)
+    assert sorted(graphs) == sorted(made)
+    assert Classifier.load(options.output).choose(checkpoint.tokenizer.encode("0123 4560 1234")) == "digits"
+    texts = batch_texts([random_tokens(40, seed=s).tolist() for s in range(3)])
+    for name, graph in graphs.items():
+        assert graph.bytes_per_step == made[name].measured.bytes_per_step
+        assert 0.05 < measure_acceptance(full, graph, texts).mean < 1
+
+
+def test_the_manifest_says_what_was_tried_and_what_was_measured(traced: Traced) -> None:
+    options, made = traced
+    for name, manifest in made.items():
+        assert read_manifest(options.output / name) == manifest
+        assert 1 < len(manifest.candidates) <= len(plan_candidates(options.size, options.format))
+        best = max(manifest.candidates, key=lambda c: c.speedup)
+        assert manifest.plan == best.plan
+        assert f"{best.speedup:.2f}" in manifest.why
+        assert manifest.measured.bytes_share == best.bytes_share
+        # The size bounds the matrices; norms and biases come on top, which is much only in a model as tiny as this.
+        assert all(c.bytes_share < 0.25 + 0.05 for c in manifest.candidates)
+        assert len(manifest.measured.accepted) == len(manifest.measured.agreement) == 8
+        assert manifest.measured.positions == manifest.data["report"].tokens
+        assert 0.9 < manifest.measured.coverage <= 1
+        assert {d.hash for d in manifest.data.values()} == {d.hash for d in manifest.data.values() if d.tokens > 60}
+    assert (
+        made["pooled"].data["fit"].prompts == made["letters"].data["fit"].prompts + made["digits"].data["fit"].prompts
+    )
+
+
+def test_a_finished_class_is_not_made_again_but_a_damaged_one_is(traced: Traced) -> None:
+    options, made = traced
+    said: list[str] = []
+    assert trace(options, said.append) == {}
+    assert said == [f"{name}: finished before" for name in ("digits", "letters", "pooled")]
+    path = options.output / "digits" / TENSORS
+    path.write_bytes(path.read_bytes()[:-1])
+    said.clear()
+    again = trace(options, said.append)
+    assert list(again) == ["digits"]
+    assert any("corrupt" in line for line in said)
+    # The same recipe gives the same tensors; only the timed costs differ.
+    if again["digits"].plan == made["digits"].plan:
+        assert again["digits"].tensors_hash == made["digits"].tensors_hash
+
+
+def test_another_recipe_is_made_again(traced: Traced) -> None:
+    options, _ = traced
+    checkpoint = open_checkpoint(options.model)
+    tracers = [
+        pipeline.Tracer(checkpoint, load_decoder(checkpoint), o, print)
+        for o in (options, Options(options.model, options.output, options.prompts, size=0.3))
+    ]
+    parts = pipeline.split_classes(pipeline.read_prompts(options.prompts))["digits"]
+    recipes = [t.recipe(pipeline.gather_material(checkpoint, parts, seed)) for t in tracers for seed in (0, 1)]
+    assert len(set(recipes)) == 4
+    assert tracers[0].finished("digits", recipes[0])
+    assert not tracers[1].finished("digits", recipes[2])
+    assert not (options.output / "none" / MANIFEST).exists()
+    assert not tracers[0].finished("none", recipes[0])
+
+
+def test_without_a_size_several_are_tried() -> None:
+    plans = plan_candidates(None, "int8")
+    assert len({(p.attention, p.mlp, p.whole) for p in plans}) == len(plans) >= 3
+    assert plans[0].attention == plans[0].mlp == 1
+    assert {p.format for p in plans} == {"int8"}
+
+
+def test_texts_are_drawn_up_to_the_budget(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, _ = traced
+    monkeypatch.setattr(pipeline, "BUDGETS", {"fit": 200, "choose": 100, "report": 10**6})
+    checkpoint = open_checkpoint(options.model)
+    parts = pipeline.split_classes(pipeline.read_prompts(options.prompts))["letters"]
+    data = pipeline.gather_material(checkpoint, parts, 0).data
+    assert data["fit"].tokens == 210
+    assert data["choose"].tokens == 140
+    assert data["report"].tokens == 70 * len(parts.report)
+
+
+def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(BadPrompts, match="no prompt folder"):
+        trace(Options("nowhere", tmp_path / "out", tmp_path / "none"))
+    with pytest.raises(BadCheckpoint, match="nowhere"):
+        trace(Options(str(tmp_path / "nowhere"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    model = str(save_tiny(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"size 0\.001 allows 0\.00 MB per step: too little for attention and head"):
+        trace(Options(model, tmp_path / "out", write_prompts(tmp_path / "prompts"), size=0.001), lambda line: None)
