@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strace.linear import DENSE, FORMATS, GROUP, Linear, make_linear, quantise
+from strace.linear import DENSE, FORMATS, GROUP, Codes, Linear, make_linear, quantise
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 5).map(lambda groups: groups * GROUP))
 BF16 = 2.0**-8  # largest relative error of one rounding to bf16
