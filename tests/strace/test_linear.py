@@ -147,8 +147,8 @@ def test_bad_formats_are_named() -> None:
 
 def test_int8_codes_may_lie_anywhere() -> None:
     """Codes of a mapped file start at any byte; torch's kernel wants a cache line."""
-    codes = quantise(torch.randn(48, 64), "int8")
-    shifted = torch.empty(codes.codes.numel() + 1, dtype=torch.int8)[1:].view(codes.codes.shape)
+    codes = quantise(torch.randn(512, 256), "int8")
+    shifted = torch.empty(codes.codes.numel() + 8, dtype=torch.int8)[8:].view(codes.codes.shape)
     shifted.copy_(codes.codes)
-    x = torch.randn(3, 64).bfloat16()
+    x = torch.randn(8, 256).bfloat16()
     assert torch.equal(Linear(Codes("int8", shifted, codes.scales))(x), Linear(codes)(x))
