@@ -83,8 +83,8 @@ def spread(values: list[float]) -> float:
 
 def read_prompts(name: str, count: int) -> list[str]:
     """The first `count` held-out texts of a class (`benchmarks/prompts/`, cut from the valid part)."""
-    lines = (Path(__file__).parent / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines[:count]]
+    lines = (Path(__file__).parent / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines[:count] if line]
 
 
 def finish(result: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def _read_class(path: Path) -> list[Prompt]:
 
 
 def _parse_lines(path: Path, content: str) -> Iterator[Prompt]:
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

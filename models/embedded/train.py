@@ -166,6 +166,7 @@ def export_model(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTok
     copy.generation_config.update(eos_token_id=model.config.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     copy.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
+    (fresh / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
