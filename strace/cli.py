@@ -1,4 +1,4 @@
-"""The offline commands: `trace` a model into subgraphs, `inspect` a folder of them."""
+"""The offline commands: `trace`, `inspect` a folder of subgraphs, and those of `strace.paper`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from rich.text import Text
 from strace.checkpoint import BadCheckpoint
 from strace.classes import BadPrompts
 from strace.families import UnsupportedModel
+from strace.paper import app as paper
 from strace.subgraph import BadSubgraph, Manifest, find_subgraphs, read_manifest
 from strace.trace import Options, trace
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
+app.add_typer(paper)
 
 FORMATS = ("int4", "int8", "bf16")
 _SHADES = " ▁▂▃▄▅▆▇█"

@@ -1,0 +1,287 @@
+"""`analyze` on tiny models: what its rows say, that a stopped run goes on, and how bad input is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from strace.ablate import CONTROLS
+from strace.analyze import (
+    MANIFEST,
+    PARTS,
+    ROWS,
+    Analyst,
+    BadAnalysis,
+    Options,
+    read_manifest,
+    read_parts,
+    read_states,
+    read_texts,
+    write_rows,
+)
+from strace.extract import count_edges
+from strace.metrics import entropy
+from strace.paper import app
+from tests.tiny import save_tiny
+
+SIZES = (1e-3, 1e-2, 0.1, 0.5, 1.0)
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "bright",
+    "stars",
+    "fall",
+    "down",
+]
+runner = CliRunner()
+
+
+def write_prompts(path: Path, count: int = 4) -> Path:
+    texts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(count)]
+    path.write_text("\n".join(json.dumps({"text": text, "source": str(i)}) for i, text in enumerate(texts)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def options(model: Path, tmp_path: Path) -> Options:
+    return Options(str(model), write_prompts(tmp_path / "p.jsonl"), tmp_path / "out", words=4, sizes=SIZES, limit=3)
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """A finished analysis, which no test may change."""
+    here = tmp_path_factory.mktemp("done")
+    options = Options(str(model), write_prompts(here / "p.jsonl"), here / "out", words=4, sizes=SIZES, limit=3)
+    run(options)
+    return options
+
+
+@pytest.fixture
+def copied(done: Options, tmp_path: Path) -> Options:
+    """A finished analysis, to be damaged."""
+    copytree(done.prompts.parent, tmp_path / "copy")
+    return replace(done, prompts=tmp_path / "copy" / done.prompts.name, output=tmp_path / "copy" / "out")
+
+
+def run(options: Options) -> Analyst:
+    analyst = Analyst(options)
+    list(analyst.run())
+    return analyst
+
+
+def test_every_prompt_has_its_rows_and_they_add_up(done: Options) -> None:
+    analyst, parts = Analyst(done), read_parts(done.output)
+    assert [part.text for part in parts] == [" ".join(WORDS[i : i + 4]) for i in range(3)]
+    spec = analyst.checkpoint.spec
+    for part in parts:
+        assert part.edges == count_edges(spec.layers, spec.heads, part.tokens)
+        assert [(row.control, row.size) for row in part.rows] == [(c, s) for c in CONTROLS for s in SIZES]
+        held = torch.tensor(part.attention).sum((1, 2)) + torch.tensor(part.mlp).sum(1)
+        assert (held + torch.tensor(part.residual).sum(1)).tolist() == part.counts
+        whole = {row.control: row for row in part.rows if row.size == 1}
+        assert whole["trace"].tv < 1e-4
+        assert whole["trace"].top1
+        assert whole["random"].tv < 1e-4
+        assert whole["inverse"].edges == 0
+        assert part.cosine[-1] == pytest.approx([1.0] * spec.layers, abs=1e-4)
+        assert part.distance[-1] == pytest.approx([0.0] * spec.layers, abs=1e-3)
+        assert part.macs == sorted(part.macs)
+        attention, mlp = sum(map(sum, part.attention[-1])), sum(part.mlp[-1])
+        assert part.macs[-1] == 2 * spec.head_dim * attention + 3 * spec.hidden * spec.mlp * mlp
+        states = read_states(done.output, part.index)
+        assert states.shape == (len(SIZES) + 1, spec.hidden)
+        assert torch.allclose(states[-2], states[-1], atol=1e-3)
+        with torch.inference_mode():
+            p = analyst.decoder.logits(states[-1:])[0].softmax(-1)
+        assert part.entropy == pytest.approx(float(entropy(p)), abs=1e-4)
+
+
+def test_rows_are_one_json_object_per_masked_run(done: Options) -> None:
+    write_rows(done.output, read_parts(done.output))
+    rows = [json.loads(line) for line in (done.output / ROWS).read_text().splitlines()]
+    assert len(rows) == 3 * len(CONTROLS) * len(SIZES)
+    assert {row["model"] for row in rows} == {done.model}
+    assert all(("macs" in row) == (row["control"] == "trace") for row in rows)
+
+
+def test_a_stopped_run_goes_on_and_comes_to_the_same(options: Options, done: Options) -> None:
+    stopped = Analyst(options).run()
+    assert next(stopped) == 0
+    stopped.close()
+    first = (options.output / PARTS / "00000.json").read_bytes()
+    assert list(Analyst(options).run()) == [1, 2]
+    assert (options.output / PARTS / "00000.json").read_bytes() == first
+    for one, other in zip(read_parts(options.output), read_parts(done.output), strict=True):
+        assert one.model_copy(update={"seconds": {}}) == other.model_copy(update={"seconds": {}})
+    assert list(Analyst(replace(options, limit=4)).run()) == [3]
+
+
+def test_processes_split_the_prompts(done: Options) -> None:
+    analyst = Analyst(done)
+    shares = []
+    for process in range(2):
+        analyst.state.num_processes, analyst.state.process_index = 2, process  # as accelerate would set them
+        with analyst.state.split_between_processes([0, 1, 2]) as mine:
+            shares.append(list(mine))
+    analyst.state._reset_state()
+    assert sorted(shares[0] + shares[1]) == [0, 1, 2]
+    assert all(shares)
+
+
+def test_means_and_other_measures_change_the_runs_and_not_the_graph(done: Options, tmp_path: Path) -> None:
+    plain = read_parts(done.output)[:1]
+    for change in ({"ablation": "mean"}, {"importance": "ifr"}, {"importance": "random"}):
+        other = replace(done, output=tmp_path / "-".join(change.values()), limit=1, **change)
+        run(other)
+        changed = read_parts(other.output)
+        assert [p.counts for p in changed] == [p.counts for p in plain]
+        assert [r.tv for r in changed[0].rows] != [r.tv for r in plain[0].rows]
+        assert changed[0].rows[len(SIZES) - 1].tv < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"words": 3}, "words 4, not 3"),
+        ({"sizes": (0.5, 1.0)}, "sizes"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"importance": "ifr"}, "importance l1, not ifr"),
+    ],
+)
+def test_a_folder_begun_with_other_settings_is_refused(done: Options, change: dict[str, object], named: str) -> None:
+    with pytest.raises(BadAnalysis, match=named):
+        Analyst(replace(done, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"index": 0}'])
+def test_a_broken_part_is_named_and_the_others_kept(copied: Options, damage: str) -> None:
+    broken = copied.output / PARTS / "00001.json"
+    broken.write_text(damage)
+    with pytest.raises(BadAnalysis, match=r"00001\.json is broken .*delete it and run again"):
+        Analyst(copied).finished()
+    broken.unlink()
+    assert list(Analyst(copied).run()) == [1]
+
+
+def test_broken_states_and_a_changed_prompt_file_are_named(copied: Options) -> None:
+    states = copied.output / PARTS / "00002.safetensors"
+    content = states.read_bytes()
+    states.write_bytes(content[:20])
+    with pytest.raises(BadAnalysis, match=r"00002\.json is broken"):
+        Analyst(copied).finished()
+    states.write_bytes(content)
+    copied.prompts.write_text(copied.prompts.read_text().replace("quick", "slow"))
+    with pytest.raises(BadAnalysis, match=r"unigram_hash|another text"):
+        Analyst(copied).finished()
+
+
+@pytest.mark.parametrize("sizes", [(), (0.0, 0.5), (0.5, 1.5), (-1.0,), (0.5, 0.1), (0.1, 0.1)])
+def test_bad_sizes_are_refused(options: Options, sizes: tuple[float, ...]) -> None:
+    with pytest.raises(BadAnalysis, match=r"size"):
+        Analyst(replace(options, sizes=sizes))
+    assert not options.output.exists()
+
+
+def test_texts_are_cut_to_their_first_words_with_their_own_spacing(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("  one  two\tthree four\n\nfive six seven\n")
+    texts = read_texts(path, 3)
+    assert [(e.line, e.text) for e in texts.excerpts] == [(1, "one  two\tthree"), (3, "five six seven")]
+    path.write_text("one two three\nfour five\n")
+    assert [e.line for e in read_texts(path, 3, skip_short=True).excerpts] == [1]
+
+
+def test_a_line_separator_inside_json_does_not_end_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two three"}, ensure_ascii=False), encoding="utf-8")
+    assert [e.text for e in read_texts(path, 3).excerpts] == ["one\u2028two three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.txt", "", "holds no prompt"),
+        ("a.txt", "\n \n", "holds no prompt"),
+        ("a.txt", "one two three\nfour five\n", r"a\.txt:2: 2 words, but prompts of 3"),
+        ("a.jsonl", "{", r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", '{"text": 3}', r"a\.jsonl:1: needs an object with text or prompt"),
+        ("a.jsonl", "[]", "needs an object"),
+        ("missing.txt", None, "cannot read prompts"),
+    ],
+)
+def test_bad_prompt_files_are_refused(tmp_path: Path, name: str, content: str | None, named: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(BadAnalysis, match=named):
+        read_texts(tmp_path / name, 3)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_runs(options: Options, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 80)
+    with pytest.raises(BadAnalysis, match=r"long\.txt:1: \d+ tokens, the model's context is 256"):
+        Analyst(replace(options, prompts=path, words=80))
+
+
+def test_the_command_writes_rows_a_manifest_and_the_report(options: Options, model: Path, tmp_path: Path) -> None:
+    arguments = ["analyze", str(model), "--prompts", str(options.prompts), "-o", str(tmp_path / "study")]
+    arguments += ["--words", "4", "--sizes", "0.5,0.01,1", "--limit", "2"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.output
+    folder = tmp_path / "study" / model.name
+    assert read_manifest(folder).settings.sizes == [0.01, 0.5, 1.0]
+    assert (folder / ROWS).exists()
+    again = runner.invoke(app, [*arguments, "--words", "3"])
+    assert again.exit_code == 1
+    assert "was made with words 4, not 3" in again.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--sizes", "0.5,2"], "outside (0, 1]"),
+        (["--sizes", "half"], "could not convert"),
+        (["--words", "99"], f"{len(WORDS)} words, but prompts of 99"),
+        (["--importance", "l2"], "unknown importance 'l2'"),
+        (["--ablation", "noise"], "unknown ablation 'noise'"),
+        (["--format", "int4"], "unknown format 'int4'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(options: Options, model: Path, changed: list[str], named: str) -> None:
+    arguments = ["analyze", str(model), "--prompts", str(options.prompts), "-o", str(options.output), "--words", "4"]
+    result = runner.invoke(app, arguments + changed)
+    assert result.exit_code == 1
+    assert named in result.output
+
+
+def test_the_command_names_an_unknown_model(options: Options) -> None:
+    result = runner.invoke(app, ["analyze", "./nowhere", "--prompts", str(options.prompts), "-o", "x", "--words", "4"])
+    assert result.exit_code == 1
+    assert "cannot read model './nowhere'" in result.output
+
+
+def test_a_broken_manifest_is_named(copied: Options) -> None:
+    (copied.output / MANIFEST).write_text("{")
+    with pytest.raises(BadAnalysis, match=r"cannot read .*manifest\.json"):
+        Analyst(copied)

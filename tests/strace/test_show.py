@@ -1,0 +1,97 @@
+"""`show`: the edges that it draws and writes down, the command, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from strace.analyze import BadAnalysis
+from strace.checkpoint import load_decoder, open_checkpoint
+from strace.extract import Traces
+from strace.importance import weigh_edges
+from strace.paper import app
+from strace.show import draw_trace, save_trace, trace_prompt
+from tests.tiny import save_tiny
+
+PROMPT = "a $5 <b>\n&\tz"
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+def test_the_edges_are_those_of_the_trace(model: str) -> None:
+    shown = trace_prompt(model, PROMPT, 0.05)
+    checkpoint = open_checkpoint(model)
+    ids = torch.tensor(checkpoint.tokenizer(PROMPT)["input_ids"])
+    traces = Traces(weigh_edges(load_decoder(checkpoint, "fp32"), ids))
+    assert shown.edges == traces.edges(traces.count_of(0.05))
+    assert "".join(shown.tokens) == PROMPT
+    assert shown.all_edges == traces.total
+    assert 0 < shown.tv <= 1
+
+
+def test_the_whole_graph_is_the_full_model(model: str) -> None:
+    shown = trace_prompt(model, "ab", 1)
+    assert shown.tv < 1e-5
+    assert [likely.token for likely in shown.full] == [likely.token for likely in shown.trace]
+
+
+def test_the_picture_has_a_line_per_edge_and_a_label_per_token(model: str) -> None:
+    shown = trace_prompt(model, PROMPT, 0.1)
+    axes = draw_trace(shown).axes[0]
+    lines = sum(len(part.get_paths()) for part in axes.collections[:3])
+    assert lines == len(shown.edges)
+    assert len(axes.get_xticklabels()) == len(shown.tokens)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_command_writes_a_picture_and_json(model: str, tmp_path: Path, kind: str) -> None:
+    picture = tmp_path / "new" / f"trace.{kind}"
+    result = runner.invoke(app, ["show", model, PROMPT, "--size", "0.02", "-o", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    record = json.loads(picture.with_suffix(".json").read_text())
+    assert record["columns"] == ["step", "layer", "kind", "head", "target", "source", "weight"]
+    assert f"{len(record['edges']):,} of {record['all_edges']:,} edges" in result.output
+    edges = [dict(zip(record["columns"], edge, strict=True)) for edge in record["edges"]]
+    assert all((edge["head"] is None) == (edge["kind"] != "attention") for edge in edges)
+    reached = {(record["levels"] - 1, len(record["tokens"]) - 1)}
+    for edge in sorted(edges, key=lambda e: -e["step"]):
+        assert (edge["step"] + 1, edge["target"]) in reached
+        reached.add((edge["step"], edge["source"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["", "--size", "0.1"], "the prompt has 0 tokens"),
+        (["x" * 300, "--size", "0.1"], "the prompt has 300 tokens; a picture is drawn of 1 to 256"),
+        (["abc", "--size", "0"], "outside (0, 1]"),
+        (["abc", "--size", "1.5"], "outside (0, 1]"),
+        (["abc", "--size", "1e-9"], "holds none"),
+        (["abc", "--size", "0.1", "-o", "x.pdf"], "a picture ends in .png or .svg"),
+        (["abc", "--size", "0.1", "--importance", "l3"], "unknown importance 'l3'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(model: str, arguments: list[str], named: str) -> None:
+    result = runner.invoke(app, ["show", model, *arguments])
+    assert result.exit_code == 1
+    assert named in result.output
+
+
+def test_an_unknown_model_is_named() -> None:
+    result = runner.invoke(app, ["show", "./nowhere", "abc"])
+    assert result.exit_code == 1
+    assert "cannot read model './nowhere'" in result.output
+
+
+def test_another_kind_of_picture_is_refused(model: str, tmp_path: Path) -> None:
+    with pytest.raises(BadAnalysis, match="a picture ends in"):
+        save_trace(trace_prompt(model, "ab", 0.5), tmp_path / "x.jpg")
