@@ -8,7 +8,7 @@ The learning rate is constant after a warm-up and falls linearly to zero over th
 
 Examples:
   python models/embedded/train.py ../shared/corpus -o build/embedded
-  python models/embedded/train.py ../shared/corpus -o build/embedded --tokens 60e6   # resumes, ends there
+  python models/embedded/train.py ../shared/corpus -o build/embedded --tokens 60e6   # resumes, goes on to there
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="folder of CLASS.PART.jsonl files; only the train part is read")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoint, log and model")
-    parser.add_argument("--tokens", type=float, default=60e6, help="training tokens in all (default %(default)g)")
+    parser.add_argument("--tokens", type=float, default=17.5e6, help="training tokens in all (default %(default)g)")
     parser.add_argument("--decay", type=float, default=0.35, help="last share of the tokens over which the rate falls")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip torch.compile")
     train(parser.parse_args())
