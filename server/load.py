@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -10,6 +11,7 @@ from server.api.served import Served
 from server.config import EngineConfig, ServeConfig
 from server.engine.build import Placement, build_engine, choose_dtype
 from server.engine.options import Options
+from server.engine.worker import Worker
 from server.metrics import Metrics
 
 
@@ -25,13 +27,17 @@ def load_served(config: EngineConfig) -> Served:
     metrics = Metrics()
     kv_memory = None if config.kv_memory is None else config.kv_memory * 2**20
     placement = Placement(config.device, config.dtype, config.context, kv_memory=kv_memory)
-    engine, checkpoint = build_engine(
+    worker = Worker()
+    build = partial(
+        build_engine,
         config.model,
         config.subgraphs,
         placement=placement,
         options=Options(max_waiting=config.max_queue),
         observer=metrics,
+        worker=worker,
     )
+    engine, checkpoint = worker.submit(build).result()
     name = config.name if isinstance(config, ServeConfig) else config.model
     metrics.watch(engine.stats)
     metrics.info.labels(version("strace-llm"), name, choose_dtype(placement), config.device).set(1)

@@ -12,6 +12,7 @@ from server.engine.cost import measure_costs
 from server.engine.engine import POOLED, Chooser, Engine, Limits
 from server.engine.observer import Observer
 from server.engine.options import Options
+from server.engine.worker import Worker
 from strace.checkpoint import (
     EMBEDDED,
     BadCheckpoint,
@@ -50,8 +51,10 @@ def build_engine(
     options: Options | None = None,
     observer: Observer | None = None,
     trust_remote_code: bool = False,
+    worker: Worker | None = None,
 ) -> tuple[Engine, Checkpoint]:
-    """An engine that is ready to start, and the checkpoint it serves.
+    """An engine that is ready to start, and the checkpoint it serves. To be called in the thread of `worker`, where the
+    engine will run.
 
     Raises:
         BadCheckpoint, UnsupportedModel, BadSubgraph: see strace.checkpoint, strace.families, strace.subgraph.
@@ -76,6 +79,7 @@ def build_engine(
         chooser=chooser,
         observer=observer,
         options=options,
+        worker=worker,
     )
     return engine, checkpoint
 

@@ -18,7 +18,8 @@ POINTS = (1, 2, 4, 8)
 _TABLE = 64  # passes over more tokens are extrapolated
 _STEPS = 3  # draft steps timed in one call
 _RATE = 0.05  # weight of one live pass, once there were some
-_WILD = 2.0  # how far one live pass is believed: a hiccup is no trend
+_FASTER = 0.25  # weight of one that was faster than expected: other load only ever adds, so the model was wrong
+_WILD = 2.0  # how far a slow pass is believed: a hiccup is no trend
 
 
 class CostModel:
@@ -44,9 +45,10 @@ class CostModel:
     def observe(self, graph: str, passes: Iterable[int], seconds: float) -> None:
         """Learn from live passes over so many tokens each, which took `seconds` together."""
         expected = sum(self.seconds(graph, tokens) for tokens in passes)
-        ratio = min(max(seconds / expected, 1 / _WILD), _WILD)
+        ratio = min(seconds / expected, _WILD)
         self._seen[graph] += 1
-        self._level[graph] *= 1 + max(_RATE, 1 / (2 + self._seen[graph])) * (ratio - 1)
+        least = _FASTER if ratio < 1 else _RATE
+        self._level[graph] *= 1 + max(least, 1 / (2 + self._seen[graph])) * (ratio - 1)
 
     def c(self, graph: str) -> float:
         """Draft step over full step, one sequence."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,7 @@ from server.engine.sequence import Sequence, Times
 from server.engine.settle import settle
 from server.engine.speculation import Speculation, StepDrafter
 from server.engine.text import Text
+from server.engine.worker import Worker
 from strace.kv import Batch
 from strace.runner import FULL, Runner
 from strace.sampling import Noise
@@ -99,6 +101,7 @@ class Engine:
         chooser: Chooser | None = None,
         observer: Observer | None = None,
         options: Options | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self.options = options or Options()
         self.limits = limits
@@ -114,7 +117,8 @@ class Engine:
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
         self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._worker = worker or Worker()
+        self._loop_done: Future[None] | None = None
         self._marked: float | None = None
 
     # Called from any thread.
@@ -156,24 +160,23 @@ class Engine:
             self._wake.notify()
 
     def start(self) -> None:
-        """Start the engine's thread."""
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
+        """Start the loop in the worker's thread."""
+        self._loop_done = self._worker.submit(self._loop)
 
     def stop(self) -> None:
-        """Let the step in progress end, fail what is left, and join the thread."""
+        """Let the step in progress end, fail what is left, and wait for the loop to end."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread is None:
+        if self._loop_done is None:
             self._close()
         else:
-            self._thread.join()
+            wait([self._loop_done])
 
     @property
     def running(self) -> bool:
         """Whether requests are taken and worked on."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopping
+        return self._loop_done is not None and not self._loop_done.done() and not self._stopping
 
     def stats(self) -> Stats:
         """How busy the engine is right now."""
@@ -232,6 +235,9 @@ class Engine:
                     if self._stopping:
                         return
                 self.step()
+        except BaseException:
+            logger.exception("the engine's loop died")
+            raise
         finally:
             self._close()
 
@@ -285,6 +291,7 @@ class Engine:
         chunks = self._chunks([s for s in running if s.prefilling])
         before = {s: s.ran.tokens for s in running}
         self._draft(decoding, len(decoding) + sum(chunks.values()))
+        plain = not any(s.draft.tokens for s in decoding)
         for sequence in decoding:
             self._deliver(sequence)
         begun = time.perf_counter()
@@ -294,7 +301,7 @@ class Engine:
         seconds, self._marked = ended - (self._marked or begun), ended
         if not chunks:
             self.cost.observe(FULL, [sum(map(len, logits.values()))], ended - begun)
-            self._account(before, seconds)
+            self._account(before, seconds, plain)
         tokens = sum(s.ran.tokens - n for s, n in before.items())
         self.observer.on_step(Step(seconds, len(decoding), sum(chunks.values()), tokens))
         for sequence in running:
@@ -352,9 +359,12 @@ class Engine:
             for confidence, share in judged:
                 self.speculation.calibrations[sequence.ran.class_name].judge(confidence, share)
 
-    def _account(self, before: dict[Sequence, int], seconds: float) -> None:
-        """Book the time of a step that read no prompts, and what the full model would have needed for its tokens."""
-        full_step = self.cost.seconds(FULL, len(before))
+    def _account(self, before: dict[Sequence, int], seconds: float, plain: bool) -> None:
+        """Book the time of a step that read no prompts, and what the full model would have needed for its tokens.
+
+        A plain step, without drafts, is what the full model needs: no estimate is asked.
+        """
+        full_step = seconds if plain else self.cost.seconds(FULL, len(before))
         for sequence, tokens in before.items():
             sequence.ran.seconds += seconds
             sequence.ran.full_seconds += (sequence.ran.tokens - tokens) * full_step

@@ -85,3 +85,11 @@ def test_measured_in_alternation() -> None:
     assert [cost.seconds(FULL, n) for n in (1, 2, 4, 8)] == pytest.approx([0.11, 0.12, 0.14, 0.18])
     assert cost.seconds("pooled", 1) == pytest.approx(0.03)
     assert 30 < runner.now < 60
+
+
+def test_a_start_beside_other_load_is_soon_forgotten() -> None:
+    """Measured ten times too slow, the full step must not make every answer look ten times faster for long."""
+    cost = CostModel({FULL: {1: 1.0, 2: 1.1}})
+    for _ in range(20):
+        cost.observe(FULL, [1], 0.1)
+    assert cost.seconds(FULL, 1) == pytest.approx(0.1, rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 
 import pytest
@@ -95,12 +96,11 @@ def test_the_observer_sees_everything() -> None:
 
 
 def test_realised_speedup_of_full_at_its_own_cost() -> None:
-    """Books: 19 tokens after the prompt's own, each one full step; the time is that of the steps."""
+    """A step without drafts is what the full model needs, whatever the cost model believes: the ratio is 1."""
     seen = Watcher()
     got = decode(make_engine(observer=seen), make_request(mode=Mode.FULL, max_tokens=20))[0]
-    assert got.ran.full_seconds == pytest.approx(19.0)
     assert got.ran.seconds == pytest.approx(sum(step.seconds for step in seen.steps[1:]))
-    assert got.ran.speedup == got.ran.full_seconds / got.ran.seconds
+    assert got.ran.speedup == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,6 @@ def test_a_pessimistic_table_recovers() -> None:
     assert engine.speculation.calibrations["pooled"].acceptance() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_leaves_nobody_waiting() -> None:
     class Breaking(Watcher):
         def on_finish(self, ran: Ran, times: Times, outcome: str) -> None:
@@ -323,7 +322,8 @@ def test_a_thread_that_dies_leaves_nobody_waiting() -> None:
     first, second = submit(engine, make_request()), submit(engine, make_request())
     first.handle.cancel()
     engine.start()
-    engine._thread.join(60)
+    assert engine._loop_done is not None
+    wait([engine._loop_done], 60)
     assert not engine.running
     assert str(second.errors[0]).endswith("the engine was stopped")
 
