@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from strace.measure import name_processor
 
 BUSY_SHARE = 0.15
 
@@ -55,16 +56,8 @@ def read_bandwidth(megabytes: int = 1024, rounds: int = 5) -> float:
 
 def describe() -> dict[str, Any]:
     """Device, threads and versions, as they stand in every result."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else model,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name_processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -37,10 +37,10 @@ from strace.metrics import (
     entropy,
     ordered_nucleus,
     relative_distance,
-    total_variation,
     tv_density,
     unigram_correlation,
 )
+from strace.sampling import total_variation
 
 ABLATIONS = ("zero", "mean")
 SCHEMA = 1

@@ -20,11 +20,6 @@ CONFIDENCE = 0.95
 Doubles = NDArray[np.float64]
 
 
-def total_variation(p: Tensor, q: Tensor) -> Tensor:
-    """`0.5 * sum |p - q|` of distributions [..., V]."""
-    return (p - q).abs().sum(-1) / 2
-
-
 def entropy(p: Tensor) -> Tensor:
     """In nats, of distributions [..., V]."""
     return torch.special.entr(p).sum(-1)

@@ -21,7 +21,7 @@ from strace.checkpoint import load_decoder, open_checkpoint
 from strace.extract import Edge, Traces
 from strace.figures import KIND_COLOURS, STYLE
 from strace.importance import weigh_edges
-from strace.metrics import total_variation
+from strace.sampling import total_variation
 
 PICTURES = (".png", ".svg")
 _MOST_TOKENS = 400  # across a picture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from strace.decoder import Decoder
 from strace.flow import Flow, measure_flow
 from strace.head import count_tokens, measure_mass, rank_tokens, short_enough, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units
-from strace.measure import Acceptance, Costs, measure_acceptance, measure_costs, predict_speedup
+from strace.measure import Acceptance, Costs, measure_acceptance, measure_costs, name_processor, predict_speedup
 from strace.repair import repair
 from strace.subgraph import (
     MANIFEST,
@@ -304,18 +303,10 @@ def _explain(best: Tried, tried: Sequence[Tried]) -> str:
 def describe_machine(full: Decoder) -> Machine:
     """The device, runner and torch that measurements of `full` are made with."""
     device = full.embed.device
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else name_processor()
     return Machine(
         device=str(device), processor=processor, threads=torch.get_num_threads(), runner="torch", torch=version("torch")
     )
-
-
-def _processor() -> str:
-    """The CPU's name where the system tells it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def trace(options: Options, say: Callable[[str], None] = print) -> dict[str, Manifest]:

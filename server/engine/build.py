@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from server.engine.cost import measure_costs
-from server.engine.engine import POOLED, Chooser, Engine, Limits
+from server.engine.engine import Chooser, Engine, Limits
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
@@ -22,9 +22,11 @@ from strace.checkpoint import (
     open_checkpoint,
     quantise_decoder,
 )
+from strace.classes import POOLED, Classifier
 from strace.decoder import Decoder
 from strace.kv import BLOCK, block_bytes, make_cache
 from strace.runner import FULL, TorchRunner
+from strace.subgraph import load_subgraphs
 
 _MEMORY_SHARE = 0.25  # of the memory still free once the weights are loaded: what the cache takes unless told otherwise
 
@@ -111,9 +113,6 @@ def _load_drafts(
     drafts: dict[str, Decoder] = {}
     chooser: Chooser | None = None
     if subgraphs is not None:
-        from strace.classes import Classifier
-        from strace.subgraph import load_subgraphs
-
         drafts = load_subgraphs(subgraphs, checkpoint, full)
         chooser = Classifier.load(subgraphs)
     if POOLED not in drafts:

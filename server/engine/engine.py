@@ -31,11 +31,11 @@ from server.engine.settle import settle
 from server.engine.speculation import Speculation, StepDrafter
 from server.engine.text import Text
 from server.engine.worker import Worker
+from strace.classes import POOLED
 from strace.kv import Batch
 from strace.runner import FULL, Runner
 from strace.sampling import Noise
 
-POOLED = "pooled"
 logger = logging.getLogger(__name__)
 
 

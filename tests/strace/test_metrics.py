@@ -23,10 +23,10 @@ from strace.metrics import (
     relative_distance,
     spearman,
     split_quarters,
-    total_variation,
     tv_density,
     unigram_correlation,
 )
+from strace.sampling import total_variation
 
 
 def test_total_variation_by_hand() -> None:
