@@ -50,7 +50,7 @@ class BlockAttend:
         if attention.kept is not None:
             past = past[0][:, attention.kept], past[1][:, attention.kept]
         keys, values = (torch.cat([p, own.transpose(1, 2)], 2) for p, own in zip(past, (k, v), strict=True))
-        return mix(q, keys, values, self.mask(attention.window, q.device)).flatten(0, 1)
+        return mix(q, keys, values, self.mask(attention.window, q.device), attention).flatten(0, 1)
 
 
 def random_starts(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from strace.decoder import MLP, Attention, Decoder, Layer
+from strace.decoder import MLP, Attention, Decoder, Layer, Norm
 from strace.families import Family, Spec, UnsupportedModel, find_family, read_spec, supported
 from strace.linear import DENSE, FORMATS, Linear, make_linear
 
@@ -154,13 +154,16 @@ def _stop_ids(source: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> f
     return frozenset(found)
 
 
-def expected_shape(spec: Spec, name: str) -> tuple[int, ...]:
-    """The shape that `spec` asks of the weight with this decoder name."""
+def expected_shape(family: Family, spec: Spec, name: str) -> tuple[int, ...]:
+    """The shape in the decoder that `spec` asks of the weight with this decoder name."""
     part, kind = name.split(".")
-    if part.endswith("norm"):
-        return (spec.head_dim if part in ("q_norm", "k_norm") else spec.hidden,)
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    rows = {"q": q, "k": kv, "v": kv, "gate": spec.mlp, "up": spec.mlp, "o": spec.hidden, "down": spec.hidden}
+    if part in ("q_norm", "k_norm"):
+        return ((q if part == "q_norm" else kv) if family.wide_qk_norm else spec.head_dim,)
+    if part.endswith("norm"):
+        return (spec.hidden,)
+    rows = {"q": q, "k": kv, "v": kv, "qkv": q + 2 * kv, "o": spec.hidden}
+    rows |= {"gate": spec.mlp, "up": spec.mlp, "gate_up": 2 * spec.mlp, "down": spec.hidden}
     columns = {"o": q, "down": spec.mlp}
     n = rows.get(part, spec.vocabulary)
     return (n,) if kind == "bias" else (n, columns.get(part, spec.hidden))
@@ -170,7 +173,8 @@ class Weights:
     """The checkpoint's tensors by the decoder's names, read when asked for."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
-        self._checkpoint = checkpoint
+        self.family = checkpoint.family
+        self._checkpoint, self._spec = checkpoint, checkpoint.spec
         self._holders: dict[str, Any] = {}
         for shard in checkpoint.shards:
             try:
@@ -180,29 +184,65 @@ class Weights:
             self._holders |= dict.fromkeys(opened.keys(), opened)
 
     def get(self, name: str, layer: int = 0) -> Tensor | None:
-        """The tensor of a decoder name such as `q.weight`; None where the family lets it be absent."""
-        family = self._checkpoint.family
-        full = family.names.get(name)
-        if full is None:
+        """The tensor of a decoder name such as `q.weight`, in the decoder's layout; None where it may be absent: a
+        module that the family lacks, a bias, a tied head."""
+        part, kind = name.split(".")
+        module = self.family.module(part, layer)
+        if module is None:
             return None
-        full = full.format(l=layer)
-        if full in self._holders:
-            tensor, shape = self._holders[full].get_tensor(full), expected_shape(self._checkpoint.spec, name)
-            if tensor.shape != shape:
-                found = list(tensor.shape)
-                raise BadCheckpoint(
-                    f"model {self._checkpoint.model!r}: weight {full} is {found}, its config asks for {list(shape)}"
-                )
-            return tensor
-        if name in family.optional or (name == "head.weight" and self._checkpoint.spec.tied):
+        # A checkpoint saved without its head lacks the outermost module's name, as GPT-2's on the hub do.
+        for stored in (f"{module}.{kind}", f"{module}.{kind}".partition(".")[2]):
+            if stored in self._holders:
+                return self._arrange(stored, name)
+        if kind == "bias" or (part == "head" and self._spec.tied):
             return None
-        raise BadCheckpoint(f"model {self._checkpoint.model!r} lacks the weight {full}")
+        raise BadCheckpoint(f"model {self._checkpoint.model!r} lacks the weight {module}.{kind}")
+
+    def _arrange(self, stored: str, name: str) -> Tensor:
+        """The tensor stored under a name, checked and brought into the decoder's layout."""
+        tensor, part = self._holders[stored].get_tensor(stored), name.split(".")[0]
+        shape = self._shape(name)
+        transposed = self.family.transposed and part in self.family.parts
+        wanted = list(shape[::-1] if transposed else shape)
+        if list(tensor.shape) != wanted:
+            found = list(tensor.shape)
+            raise BadCheckpoint(
+                f"model {self._checkpoint.model!r}: weight {stored} is {found}, its config asks for {wanted}"
+            )
+        if transposed and tensor.ndim == 2:
+            tensor = tensor.T
+        if part == "qkv" and self.family.interleaved:
+            return tensor.view(self._spec.heads, 3, self._spec.head_dim, -1).transpose(0, 1).reshape(shape)
+        return tensor
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name == "position_embed.weight":  # all that were learned, however few are served
+            return (self._checkpoint.config.max_position_embeddings, self._spec.hidden)
+        return expected_shape(self.family, self._spec, name)
 
     def need(self, name: str, layer: int = 0) -> Tensor:
         """As `get`, for a name that every checkpoint has."""
         tensor = self.get(name, layer)
         assert tensor is not None
         return tensor
+
+    def norm(self, part: str, device: torch.device, layer: int = 0) -> Norm | None:
+        """A norm in float32; None where the family has none."""
+        weight, bias = self.get(f"{part}.weight", layer), self.get(f"{part}.bias", layer)
+        if weight is None:
+            return None
+        weight = weight.to(device, torch.float32)
+        weight = weight + 1 if self.family.one_offset else weight
+        bias = None if bias is None else bias.to(device, torch.float32)
+        return Norm(weight, bias, self._spec.norm_eps, self._spec.norm)
+
+    def linear(self, parts: tuple[str, ...], layer: int, format: str, dtype: torch.dtype, at: torch.device) -> Linear:
+        """The matrices of `parts`, one over the other, in `format`."""
+        weights = [self.need(f"{part}.weight", layer) for part in parts]
+        biases = [self.get(f"{part}.bias", layer) for part in parts]
+        filled = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        bias = None if all(b is None for b in biases) else torch.cat(filled).to(at, dtype)
+        return make_linear(torch.cat(weights).to(at, dtype), bias, format)
 
 
 def place_layers(
@@ -219,8 +259,11 @@ def place_layers(
     skeleton.tie_weights()
     memory = None if max_memory is None else dict(max_memory)  # accelerate rewrites its argument
     plan = infer_auto_device_map(skeleton, memory, no_split_module_classes=skeleton._no_split_modules, dtype=dtype)
+    # The head's module is asked for: GPT-NeoX's has another name in transformers than in its checkpoints.
+    head = next(name for name, module in skeleton.named_modules() if module is skeleton.get_output_embeddings())
+    layers = [checkpoint.family.layer.format(l=l) for l in range(checkpoint.spec.layers)]
     places = []
-    for name in (*(f"model.layers.{l}" for l in range(checkpoint.spec.layers)), "lm_head"):
+    for name in (*layers, head):
         place = next(device for prefix, device in plan.items() if prefix == "" or f"{name}.".startswith(f"{prefix}."))
         if place == "disk":
             raise BadCheckpoint(
@@ -242,46 +285,59 @@ def load_decoder(
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
-    spec, dtype = checkpoint.spec, DENSE.get(format, torch.bfloat16)
+    dtype = DENSE.get(format, torch.bfloat16)
+    spec = _round_embed_scale(checkpoint.spec, dtype)
     everywhere = [torch.device(device)] * (spec.layers + 1) if device != "auto" else []
     *devices, last = everywhere or place_layers(checkpoint, dtype, max_memory)
     with ExitStack() as stack:
         weights = Weights(checkpoint, stack)
         layers = [_load_layer(weights, spec, l, format, dtype, devices[l]) for l in range(spec.layers)]
         embed = weights.need("embed.weight").to(devices[0], dtype)
-        stored = weights.get("head.weight")
+        stored, bias = weights.get("head.weight"), weights.get("head.bias")
         head = embed.to(last) if stored is None else stored.to(last, dtype)
-        norm = weights.need("final_norm.weight").to(last, torch.float32)
-    spread = devices if len({*devices, last}) > 1 else []
-    return Decoder(spec, embed, layers, norm, make_linear(head, None, format), dtype, devices=spread)
+        bias = None if bias is None else bias.to(last, dtype)
+        norm, positions = weights.norm("final_norm", last), weights.get("position_embed.weight")
+    assert norm is not None
+    return Decoder(
+        spec=spec,
+        embed=embed,
+        layers=layers,
+        final_norm=norm,
+        head=make_linear(head, bias, format),
+        dtype=dtype,
+        position_embed=None if positions is None else positions[: spec.context].to(devices[0], torch.float32),
+        devices=devices if len({*devices, last}) > 1 else [],
+    )
+
+
+def _round_embed_scale(spec: Spec, dtype: torch.dtype) -> Spec:
+    """transformers multiplies by the scale as the compute dtype has it, and so did the model's training."""
+    return replace(spec, embed_scale=torch.tensor(spec.embed_scale).to(dtype).item())
 
 
 def _load_layer(weights: Weights, spec: Spec, l: int, format: str, dtype: torch.dtype, device: torch.device) -> Layer:
-    def stack(*names: str) -> tuple[Tensor, Tensor | None]:
-        parts = [weights.need(f"{n}.weight", l) for n in names]
-        biases = [weights.get(f"{n}.bias", l) for n in names]
-        filled = [p.new_zeros(len(p)) if b is None else b for p, b in zip(parts, biases, strict=True)]
-        bias = None if all(b is None for b in biases) else torch.cat(filled).to(device, dtype)
-        return torch.cat(parts).to(device, dtype), bias
+    def linear(*parts: str) -> Linear:
+        return weights.linear(parts, l, format, dtype, device)
 
-    def norm(name: str) -> Tensor | None:
-        tensor = weights.get(name, l)
-        return None if tensor is None else tensor.to(device, torch.float32)
+    def norm(part: str) -> Norm | None:
+        return weights.norm(part, device, l)
 
-    attention_norm, mlp_norm = norm("attention_norm.weight"), norm("mlp_norm.weight")
-    assert attention_norm is not None and mlp_norm is not None
     attention = Attention(
-        norm=attention_norm,
-        qkv=make_linear(*stack("q", "k", "v"), format),
-        o=make_linear(*stack("o"), format),
+        norm=norm("attention_norm"),
+        post_norm=norm("attention_post_norm"),
+        qkv=linear(*weights.family.qkv),
+        o=linear("o"),
         heads=spec.heads,
         kv_heads=spec.kv_heads,
+        scale=spec.attention_scale,
+        cap=spec.attention_cap,
         window=spec.window[l],
-        q_norm=norm("q_norm.weight"),
-        k_norm=norm("k_norm.weight"),
+        rope=spec.rope[l] if spec.rope else 0,
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
     )
-    mlp = MLP(mlp_norm, make_linear(*stack("gate", "up"), format), make_linear(*stack("down"), format))
-    return Layer(attention, mlp)
+    inner = linear(*weights.family.inner)
+    return Layer(attention, MLP(norm("mlp_norm"), norm("mlp_post_norm"), inner, linear("down"), spec.gated))
 
 
 def quantise_decoder(decoder: Decoder, format: str) -> Decoder:
@@ -297,6 +353,6 @@ def quantise_decoder(decoder: Decoder, format: str) -> Decoder:
     for layer in decoder.layers:
         a, m = layer.attention, layer.mlp
         attention = None if a is None else replace(a, qkv=convert(a.qkv), o=convert(a.o))
-        mlp = None if m is None else replace(m, gate_up=convert(m.gate_up), down=convert(m.down))
+        mlp = None if m is None else replace(m, inner=convert(m.inner), down=convert(m.down))
         layers.append(Layer(attention, mlp))
     return replace(decoder, layers=layers, head=convert(decoder.head))

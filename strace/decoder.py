@@ -28,41 +28,80 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (`rms`) or LayerNorm (`layer`) over the last dimension; weight and bias float32 [size]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32, like x."""
+        if self.kind == "layer":
+            return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+    @property
+    def bytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+
 @dataclass
-class Attention:
+class Sublayer:
+    """What attention and MLP share: a norm of what they read, a `post_norm` of what they add, or both."""
+
+    norm: Norm | None
+    post_norm: Norm | None
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in vars(self).values() if isinstance(part, Norm | Linear))
+
+    @property
+    def device(self) -> torch.device:
+        norm = self.norm or self.post_norm
+        assert norm is not None, "a sublayer has a norm before it, after it or both"
+        return norm.device
+
+
+@dataclass
+class Attention(Sublayer):
     """One attention sublayer, or what a subgraph keeps of it.
 
     `qkv` stacks the kept query, key and value heads' rows. `kept` holds the numbers of its key/value heads in the full
-    model (None: all), by which it finds them in the full model's cache.
+    model (None: all), by which it finds them in the full model's cache. `q_norm` and `k_norm` have the size of one head
+    (each is normalised by itself) or of all heads (OLMo-2: all at once; those that a subgraph keeps are then normalised
+    among themselves, which is an approximation). `scale` and `cap` are those of the scores, `rope` the number of the
+    rope table.
     """
 
-    norm: Tensor
     qkv: Linear
     o: Linear
     heads: int
     kv_heads: int
+    scale: float
+    cap: float = 0.0
     window: int | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
+    rope: int = 0
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
     kept: Tensor | None = None
-
-    @property
-    def bytes(self) -> int:
-        norms = (norm for norm in (self.norm, self.q_norm, self.k_norm) if norm is not None)
-        return sum(norm.nbytes for norm in norms) + self.qkv.bytes + self.o.bytes
 
 
 @dataclass
-class MLP:
-    """One MLP sublayer, or the neurons that a subgraph keeps; `gate_up` stacks the gate's rows over the up rows."""
+class MLP(Sublayer):
+    """One MLP sublayer, or the neurons that a subgraph keeps. `inner` stacks the gate's rows over the up rows; one that
+    is not `gated` has the up rows alone."""
 
-    norm: Tensor
-    gate_up: Linear
+    inner: Linear
     down: Linear
-
-    @property
-    def bytes(self) -> int:
-        return self.norm.nbytes + self.gate_up.bytes + self.down.bytes
+    gated: bool = True
 
 
 @dataclass
@@ -71,6 +110,13 @@ class Layer:
 
     attention: Attention | None
     mlp: MLP | None
+
+    @property
+    def device(self) -> torch.device:
+        """Of a layer that has a sublayer left."""
+        part = self.attention or self.mlp
+        assert part is not None
+        return part.device
 
 
 class Attend(Protocol):
@@ -82,8 +128,10 @@ class Attend(Protocol):
 class Tap(Protocol):
     """Sees an activation by name and layer, and gives back what the decoder goes on with (usually the same tensor).
 
-    Names, in order: stream [N, hidden] before attention; z [N, H * D]; attention_out; stream_mid; act [N, neurons];
-    mlp_out; stream_out; after the last layer, final [N, hidden], the normalised stream.
+    Names, in order: stream [N, hidden] before attention; z [N, H * D]; attention_out; stream_mid; mlp_in (a tap may
+    keep some rows only, and give them back among N at mlp_out); act [N, neurons]; mlp_out; stream_out; after the last
+    layer, final [N, hidden], the normalised stream. `attention_out` and `mlp_out` are what is added to the stream, past
+    a post-norm. A parallel block has no stream_mid.
     """
 
     def __call__(self, name: str, layer: int, value: Tensor) -> Tensor: ...
@@ -98,23 +146,28 @@ def see(name: str, layer: int, value: Tensor) -> Tensor:
 class Decoder:
     """Weights and arithmetic of one model or subgraph.
 
-    `token_ids` maps the rows of a short head to the vocabulary (None: all rows, in order). `coverage` is the share of
-    the full model's probability that falls on those rows, by which a short head's confidence is corrected.
+    `position_embed` holds learned positions, float32 [context, hidden]. `token_ids` maps the rows of a short head to
+    the vocabulary (None: all rows, in order). `coverage` is the share of the full model's probability that falls on
+    those rows, by which a short head's confidence is corrected.
     """
 
     spec: Spec
     embed: Tensor
     layers: list[Layer]
-    final_norm: Tensor
+    final_norm: Norm
     head: Linear
     dtype: torch.dtype
+    position_embed: Tensor | None = None
     token_ids: Tensor | None = None
     coverage: float = 1.0
     devices: list[torch.device] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        angles = torch.outer(torch.arange(self.spec.context).float(), self.spec.inverse_frequency)
-        cos, sin = angles.cos() * self.spec.rope_scaling, angles.sin() * self.spec.rope_scaling
+        tables = self.spec.inverse_frequencies
+        frequencies = torch.stack(tables) if tables else torch.empty(0, 0)
+        half = torch.arange(self.spec.context).float()[:, None] * frequencies[:, None]
+        scaling = torch.tensor(self.spec.rope_scalings)[:, None, None]
+        cos, sin = half.cos() * scaling, half.sin() * scaling
         self._cos = torch.cat([cos, cos], -1).to(self.embed.device)
         self._sin = torch.cat([-sin, sin], -1).to(self.embed.device)
         self._activate = _ACTIVATIONS[self.spec.activation]
@@ -123,11 +176,17 @@ class Decoder:
     def bytes_per_step(self) -> int:
         """All weights, scales, biases and head rows read for one token, without KV; one embedding row."""
         parts = [s.bytes for layer in self.layers for s in (layer.attention, layer.mlp) if s is not None]
-        return sum(parts) + self.final_norm.nbytes + self.head.bytes + self.embed[0].nbytes
+        embedded = self.embed[0].nbytes + (0 if self.position_embed is None else self.position_embed[0].nbytes)
+        return sum(parts) + self.final_norm.bytes + self.head.bytes + embedded
+
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The float32 stream [N, hidden] before the first layer, for int64 tokens and positions [N]."""
+        x = self.embed[tokens].float() * self.spec.embed_scale
+        return x if self.position_embed is None else x + self.position_embed[positions]
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [N, 1, rotary_dim] at int64 positions [N]."""
-        return self._cos[positions, None], self._sin[positions, None]
+        """cos and signed sin [rope tables, N, 1, rotary_dim] at int64 positions [N]."""
+        return self._cos[:, positions, None], self._sin[:, positions, None]
 
     def attention(
         self, l: int, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, tap: Tap = see
@@ -138,30 +197,40 @@ class Decoder:
             return None
         heads = part.heads + part.kv_heads
         rows = part.qkv(self.normalise(x, part.norm)).view(len(x), heads + part.kv_heads, self.spec.head_dim)
+        qk, v = rows[:, :heads], rows[:, heads:]
         if part.q_norm is not None and part.k_norm is not None:
-            q = self.normalise(rows[:, : part.heads], part.q_norm)
-            rows = torch.cat([q, self.normalise(rows[:, part.heads : heads], part.k_norm), rows[:, heads:]], 1)
-        qk = rotate(rows[:, :heads], *rotation)
-        z = attend(l, part, qk[:, : part.heads], qk[:, part.heads :], rows[:, heads:])
-        return tap("attention_out", l, part.o(tap("z", l, z.reshape(len(x), -1))))
+            q = normalise_heads(qk[:, : part.heads], part.q_norm)
+            qk = torch.cat([q, normalise_heads(qk[:, part.heads :], part.k_norm)], 1).to(self.dtype)
+        if self.spec.rotary_dim:
+            qk = rotate(qk, rotation[0][part.rope], rotation[1][part.rope])
+        z = attend(l, part, qk[:, : part.heads], qk[:, part.heads :], v)
+        return tap("attention_out", l, normalise_part(part.o(tap("z", l, z.reshape(len(x), -1))), part))
 
     def mlp(self, l: int, x: Tensor, tap: Tap = see) -> Tensor | None:
         """What the MLP sublayer of layer `l` adds to the stream x [N, hidden]."""
         part = self.layers[l].mlp
         if part is None:
             return None
-        gate, up = part.gate_up(self.normalise(x, part.norm)).chunk(2, -1)
-        return tap("mlp_out", l, part.down(tap("act", l, self._activate(gate) * up)))
+        inner = part.inner(self.normalise(tap("mlp_in", l, x), part.norm))
+        if part.gated:
+            gate, up = inner.chunk(2, -1)
+            act = self._activate(gate) * up
+        else:
+            act = self._activate(inner)
+        return tap("mlp_out", l, normalise_part(part.down(tap("act", l, act)), part))
 
     def layer(self, l: int, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, tap: Tap = see) -> Tensor:
         """The float32 stream after layer `l`."""
         x = tap("stream", l, x)
-        x = tap("stream_mid", l, add(x, self.attention(l, x, rotation, attend, tap)))
-        return tap("stream_out", l, add(x, self.mlp(l, x, tap)))
+        middle = add(x, self.attention(l, x, rotation, attend, tap))
+        if self.spec.parallel:
+            return tap("stream_out", l, add(middle, self.mlp(l, x, tap)))
+        middle = tap("stream_mid", l, middle)
+        return tap("stream_out", l, add(middle, self.mlp(l, middle, tap)))
 
     def streams(self, tokens: Tensor, positions: Tensor, attend: Attend, tap: Tap = see) -> Tensor:
         """The float32 stream [N, hidden] after the last layer, for int64 tokens and positions [N]."""
-        x = self.embed[tokens].float()
+        x = self.embedded(tokens, positions)
         rotation = self.rotation(positions)
         for l in range(len(self.layers)):
             if self.devices and x.device != self.devices[l]:
@@ -171,11 +240,27 @@ class Decoder:
 
     def logits(self, x: Tensor, tap: Tap = see) -> Tensor:
         """float32 [R, head rows] of the stream [R, hidden]."""
-        return self.head(tap("final", len(self.layers), self.normalise(x, self.final_norm))).float()
+        logits = self.head(tap("final", len(self.layers), self.normalise(x, self.final_norm))).float()
+        return soft_cap(logits, self.spec.logit_cap)
 
-    def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension, computed in float32, given in the compute dtype."""
-        return F.rms_norm(x.float(), weight.shape, weight, self.spec.norm_eps).to(self.dtype)
+    def normalise(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """What a product reads of the float32 stream x, in the compute dtype."""
+        return (x if norm is None else norm(x)).to(self.dtype)
+
+
+def normalise_heads(x: Tensor, norm: Norm) -> Tensor:
+    """float32, like x [N, heads, D]: each head by itself or all at once, as the size of the norm says."""
+    return norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
+
+
+def normalise_part(x: Tensor, part: Sublayer) -> Tensor:
+    """What a sublayer adds to the stream, from its output projection's result."""
+    return x if part.post_norm is None else part.post_norm(x)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """x, bounded by `cap` (0: not)."""
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 def add(x: Tensor, part: Tensor | None) -> Tensor:
@@ -191,7 +276,7 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return turned if part is x else torch.cat([turned, x[..., rotary:]], -1)
 
 
-def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, part: Attention) -> Tensor:
     """Grouped-query attention: q [S, n, H, D], k and v [S, K, c, D], boolean mask [S or 1, n, c] -> [S, n, H, D].
 
     The query heads of one key/value head become extra query rows, so that no key or value is ever repeated in memory.
@@ -201,7 +286,12 @@ def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     rows = q.reshape(s, n, kv, heads // kv, d).transpose(1, 2).reshape(s, kv, -1, d)
     if mask is not None:
         mask = mask.repeat_interleave(heads // kv, 1)[:, None]
-    mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    if part.cap:
+        scores = soft_cap(rows.float() @ k.float().transpose(2, 3) * part.scale, part.cap)
+        pattern = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        mixed = pattern.to(v.dtype) @ v
+    else:
+        mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=part.scale)
     return mixed.view(s, kv, n, heads // kv, d).transpose(1, 2).reshape(s, n, heads, d)
 
 
@@ -222,4 +312,4 @@ class DenseAttend:
     def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.reshape(*self.shape, *t.shape[1:]) for t in (q, k, v))
         mask = causal_mask(self._places, self._places, attention.window)[None]
-        return mix(q, k.transpose(1, 2), v.transpose(1, 2), mask).flatten(0, 1)
+        return mix(q, k.transpose(1, 2), v.transpose(1, 2), mask, attention).flatten(0, 1)

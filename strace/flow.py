@@ -22,7 +22,7 @@ class Flow:
     """Scores per unit, float64 sums over all targets.
 
     groups [L, K]: per key/value head with its query heads, by its number in the full model. neurons [L, M]. levels [2L
-    + 1]: the flow that reaches each level, which is `targets` at all of them.
+    + 1] (parallel blocks: [L + 1]): the flow that reaches each level, which is `targets` at all of them.
     """
 
     groups: Tensor
@@ -52,7 +52,7 @@ def measure_flow(decoder: Decoder, batches: Sequence[Texts]) -> Flow:
     flow = Flow(
         groups=torch.zeros(depth, decoder.spec.kv_heads, dtype=torch.float64),
         neurons=torch.zeros(depth, decoder.spec.mlp, dtype=torch.float64),
-        levels=torch.zeros(2 * depth + 1, dtype=torch.float64),
+        levels=torch.zeros((1 if decoder.spec.parallel else 2) * depth + 1, dtype=torch.float64),
     )
     for batch in batches:
         _add_batch(flow, decoder, batch)
@@ -78,30 +78,41 @@ def _add_batch(flow: Flow, decoder: Decoder, batch: Texts) -> None:
     for l in reversed(range(len(decoder.layers))):
         here = streams[l].device
         edges = layer_edges(decoder, l, streams[l], (cos.to(here), sin.to(here)), batch.shape)
-        f = _cross_mlp(flow, l, edges, f.to(here))
-        f = _cross_attention(flow, l, edges, f, decoder.layers[l].attention)
+        f = _cross_layer(flow, l, edges, f.to(here), decoder.layers[l].attention)
+
+
+def _cross_layer(flow: Flow, l: int, edges: Edges, f: Tensor, attention: Attention | None) -> Tensor:
+    """The flow f [S, n] after layer `l` taken back before it."""
+    if edges.mlp_residual is None:
+        through = _cross_mlp(flow, l, edges, f)
+        f = _cross_attention(flow, l, edges, f, attention) + through
+        flow.levels[l] += total(f)
+        return f
+    f = _cross_mlp(flow, l, edges, f) + f * edges.mlp_residual
+    flow.levels[2 * l + 1] += total(f)
+    f = _cross_attention(flow, l, edges, f, attention)
+    flow.levels[2 * l] += total(f)
+    return f
 
 
 def _cross_mlp(flow: Flow, l: int, edges: Edges, f: Tensor) -> Tensor:
-    """The flow f [S, n] after layer `l` taken back before its MLP; a neuron's score is its share of what passes the MLP
-    edge."""
+    """Of the flow f [S, n] into the targets of layer `l`'s MLP what passes it; neurons score by their shares of
+    that."""
+    through = f * edges.mlp
     if edges.neurons is not None:
-        through = (f * edges.mlp).flatten() @ edges.neurons
-        flow.neurons[l, : len(through)] += through.double().cpu()
-    f = f * (edges.mlp + edges.mlp_residual)
-    flow.levels[2 * l + 1] += total(f)
-    return f
+        by_neuron = through.flatten() @ edges.neurons
+        flow.neurons[l, : len(by_neuron)] += by_neuron.double().cpu()
+    return through
 
 
 def _cross_attention(flow: Flow, l: int, edges: Edges, f: Tensor, attention: Attention | None) -> Tensor:
-    """The flow f [S, n] before the MLP of layer `l` taken back before its attention."""
+    """Of the flow f [S, n] into the targets of layer `l`'s attention what reaches its sources, by its heads and by the
+    residual."""
+    arriving = torch.einsum("si,shij->shj", f, edges.attention)
     if attention is not None:
-        arriving = torch.einsum("si,shij->shj", f, edges.attention)
         by_group = arriving.double().sum((0, 2)).view(attention.kv_heads, -1).sum(1)
         flow.groups[l, slice(None) if attention.kept is None else attention.kept] += by_group.cpu()
-        f = f * edges.attention_residual + arriving.sum(1)
-    flow.levels[2 * l] += total(f)
-    return f
+    return f * edges.attention_residual + arriving.sum(1)
 
 
 def total(f: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from strace.decoder import MLP, Attention, Decoder, Layer
+from strace.decoder import MLP, Attention, Decoder, Layer, Norm
 from strace.families import Spec
 from strace.flow import Flow
 from strace.linear import DENSE, GROUP, Linear
@@ -93,7 +93,7 @@ def slice_attention(part: Attention, groups: Tensor, spec: Spec) -> Attention | 
         return part
     if not len(groups):
         return None
-    groups = groups.to(part.norm.device)
+    groups = groups.to(part.device)
     heads = (groups[:, None] * spec.group + torch.arange(spec.group, device=groups.device)).flatten()
     stacked = torch.cat([heads, spec.heads + groups, spec.heads + spec.kv_heads + groups])
     return replace(
@@ -102,8 +102,18 @@ def slice_attention(part: Attention, groups: Tensor, spec: Spec) -> Attention | 
         o=take(part.o, columns=_elements(heads, spec.head_dim)),
         heads=len(heads),
         kv_heads=len(groups),
+        q_norm=_take_norm(part.q_norm, heads, spec.head_dim),
+        k_norm=_take_norm(part.k_norm, groups, spec.head_dim),
         kept=groups,
     )
+
+
+def _take_norm(norm: Norm | None, heads: Tensor, head_dim: int) -> Norm | None:
+    """The kept heads of a norm over all heads at once, whose statistics are then those of the kept heads alone: an
+    approximation of the full model's. A norm of single heads stays as it is."""
+    if norm is None or len(norm.weight) == head_dim:
+        return norm
+    return replace(norm, weight=norm.weight[_elements(heads, head_dim)])
 
 
 def _elements(heads: Tensor, head_dim: int) -> Tensor:
@@ -116,9 +126,9 @@ def slice_mlp(part: MLP, neurons: Tensor, spec: Spec) -> MLP | None:
         return part
     if not len(neurons):
         return None
-    neurons = neurons.to(part.norm.device)
-    gate_up = take(part.gate_up, rows=torch.cat([neurons, spec.mlp + neurons]))
-    return MLP(part.norm, gate_up, take(part.down, columns=neurons))
+    neurons = neurons.to(part.device)
+    rows = torch.cat([neurons, spec.mlp + neurons]) if part.gated else neurons
+    return replace(part, inner=take(part.inner, rows=rows), down=take(part.down, columns=neurons))
 
 
 def slice_decoder(full: Decoder, kept: Kept) -> Decoder:
@@ -136,12 +146,11 @@ def slice_decoder(full: Decoder, kept: Kept) -> Decoder:
 
 def full_bytes(full: Decoder) -> int:
     """bf16 bytes per step of the full model, the whole that a size is a share of."""
-    linears = [
-        p for l in full.layers for s in (l.attention, l.mlp) if s for p in vars(s).values() if isinstance(p, Linear)
-    ]
-    numbers = sum(p.shape[0] * p.shape[1] for p in [*linears, full.head])
-    norms = [t.numel() for l in full.layers for s in (l.attention, l.mlp) if s is not None for t in [s.norm]]
-    return BF16 * (numbers + sum(norms) + 2 * full.spec.hidden)
+    parts = [p for l in full.layers for s in (l.attention, l.mlp) if s is not None for p in vars(s).values()]
+    linears = [p for p in [*parts, full.head] if isinstance(p, Linear)]
+    norms = [p for p in [*parts, full.final_norm] if isinstance(p, Norm)]
+    numbers = sum(p.shape[0] * p.shape[1] for p in linears) + sum(len(p.weight) for p in norms)
+    return BF16 * (numbers + full.spec.hidden)
 
 
 def matrix_bytes(n: int, k: int, format: str) -> int:
@@ -163,7 +172,8 @@ def kept_bytes(spec: Spec, kept: Kept, format: str) -> int:
             total += matrix_bytes(width * (spec.group + 2), spec.hidden, format)
             total += matrix_bytes(spec.hidden, width * spec.group, format)
         if m:
-            total += matrix_bytes(2 * m, spec.hidden, format) + matrix_bytes(spec.hidden, m, format)
+            inner = 2 * m if spec.gated else m
+            total += matrix_bytes(inner, spec.hidden, format) + matrix_bytes(spec.hidden, m, format)
     return total
 
 

@@ -105,7 +105,7 @@ class PagedAttend:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         read, write = self._find_rows(attention.kept, keys.device)
         past = (self._exchange(keys, k, read, write), self._exchange(values, v, read, write))
-        mixed = mix(self._pad(q), *past, self.mask(attention.window, q.device)).flatten(0, 1)
+        mixed = mix(self._pad(q), *past, self.mask(attention.window, q.device), attention).flatten(0, 1)
         return mixed if self._place is None else mixed[self._place.to(q.device)]
 
     def _find_rows(self, kept: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,11 @@ blocks of 1 to 8 positions over the full model's keys and values, see blocks.py)
 their inputs' second moments (arXiv:2210.17323); output projections are fitted by ridge regression towards the sliced
 weights, rounded the same way, and get the bias that removes the mean residual. How hard the ridge pulls is judged after
 rounding, on texts apart from those fitted on.
+
+What an output projection is fitted to is what the full stream has that the own one lacks. Where a post-norm follows
+(OLMo-2, Gemma), which no linear fit sees through, it is the full model's own part before that norm instead: what
+earlier layers lack stays lacking. In a parallel block attention and MLP read the same stream and are fitted one after
+the other.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor
 
 from strace.blocks import BlockAttend, RecordAttend, random_starts
-from strace.decoder import Decoder, Layer, add
+from strace.decoder import MLP, Attention, Decoder, Norm, Sublayer, add, normalise_part
 from strace.keep import Kept, slice_decoder
 from strace.linear import DENSE, GROUP, Codes, Linear, quantise
 from strace.texts import Texts
@@ -121,8 +126,8 @@ def fit_output(sliced: Tensor, fit: Moments, choose: Moments, format: str) -> tu
 
 @dataclass
 class March:
-    """One batch on its way through the layers: the full model's stream and the subgraph's, float32 [S * n, hidden], and
-    the full model's keys and values of the layer at hand."""
+    """One batch on its way through the layers: the full model's stream and the subgraph's, float32 [S * n, hidden],
+    what the sublayer at hand `read`s of the two, and the full model's keys and values of the layer at hand."""
 
     texts: Texts
     starts: Tensor
@@ -130,6 +135,7 @@ class March:
     full: Tensor
     own: Tensor
     fitted_on: bool
+    read: tuple[Tensor, Tensor] = field(init=False)
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def real(self, values: Tensor) -> Tensor:
@@ -141,6 +147,10 @@ class March:
         if self.own.device != device:
             self.full, self.own = self.full.to(device), self.own.to(device)
             self.rotation = self.rotation[0].to(device), self.rotation[1].to(device)
+
+    def look(self) -> None:
+        """Let the sublayers to come read the streams as they are now."""
+        self.read = self.full, self.own
 
 
 class Capture:
@@ -167,11 +177,14 @@ class Repair:
 
     def attention(self, l: int) -> None:
         """Advance all streams over the attention of layer `l`."""
+        wanted = []
         for march in self.marches:
-            march.move(_device(self.full.layers[l]))
-            record = RecordAttend(*march.texts.shape, device=march.full.device)
-            march.full = add(march.full, self.full.attention(l, march.full, march.rotation, record))
-            march.entries = record.entries
+            march.move(self.full.layers[l].device)
+            march.look()
+            record, tap = RecordAttend(*march.texts.shape, device=march.full.device), Capture("z")
+            added = self.full.attention(l, march.read[0], march.rotation, record, tap)
+            march.full, march.entries = add(march.full, added), record.entries
+            wanted.append(self._wanted(march, self.full.layers[l].attention, tap))
         part = self.work.layers[l].attention
         if part is None:
             return
@@ -180,52 +193,66 @@ class Repair:
         inputs = []
         for march in self.marches:
             tap = Capture("z")
-            self.work.attention(l, march.own, march.rotation, BlockAttend(march.starts, march.entries), tap)
+            self.work.attention(l, march.read[1], march.rotation, BlockAttend(march.starts, march.entries), tap)
             inputs.append(tap.value)
-        o, dense_o = self._fit_output(part.o, inputs)
+        o, dense_o = self._fit_output(part, part.o, inputs, wanted)
         self.work.layers[l].attention = replace(part, qkv=dense, o=dense_o)
         self.served.layers[l].attention = replace(part, qkv=qkv, o=o)
 
     def mlp(self, l: int) -> None:
         """Advance all streams over the MLP of layer `l`."""
+        wanted = []
         for march in self.marches:
-            march.full = add(march.full, self.full.mlp(l, march.full))
+            if not self.full.spec.parallel:
+                march.look()
+            tap = Capture("act")
+            march.full = add(march.full, self.full.mlp(l, march.read[0], tap))
+            wanted.append(self._wanted(march, self.full.layers[l].mlp, tap))
         part = self.work.layers[l].mlp
         if part is None:
             return
-        gate_up, dense = self._round_input(part.gate_up, part.norm)
-        self.work.layers[l].mlp = replace(part, gate_up=dense)
+        inner, dense = self._round_input(part.inner, part.norm)
+        self.work.layers[l].mlp = replace(part, inner=dense)
         inputs = []
         for march in self.marches:
             tap = Capture("act")
-            self.work.mlp(l, march.own, tap)
+            self.work.mlp(l, march.read[1], tap)
             inputs.append(tap.value)
-        down, dense_down = self._fit_output(part.down, inputs)
-        self.work.layers[l].mlp = replace(part, gate_up=dense, down=dense_down)
-        self.served.layers[l].mlp = replace(part, gate_up=gate_up, down=down)
+        down, dense_down = self._fit_output(part, part.down, inputs, wanted)
+        self.work.layers[l].mlp = replace(part, inner=dense, down=dense_down)
+        self.served.layers[l].mlp = replace(part, inner=inner, down=down)
 
     def head(self) -> None:
         """Round the head for the normalised streams that it will read."""
         for march in self.marches:
             march.move(self.full.final_norm.device)
+            march.look()
         self.served.head, self.work.head = self._round_input(self.served.head, self.full.final_norm)
 
-    def _round_input(self, linear: Linear, norm: Tensor) -> tuple[Linear, Linear]:
-        moments = Moments(linear.shape[1], 0, norm.device)
+    def _wanted(self, march: March, whole: Attention | MLP | None, tap: Capture) -> Tensor:
+        """What the output projection at hand shall give, float32 [S * n, hidden]; `tap` saw what the full one reads."""
+        if whole is None or whole.post_norm is None:
+            return march.full - march.own
+        output = whole.o if isinstance(whole, Attention) else whole.down
+        return output(tap.value).float()
+
+    def _round_input(self, linear: Linear, norm: Norm | None) -> tuple[Linear, Linear]:
+        moments = Moments(linear.shape[1], 0, self.marches[0].own.device)
         for march in self.marches:
             if march.fitted_on:
-                moments.add(march.real(self.full.normalise(march.own, norm)))
+                moments.add(march.real(self.full.normalise(march.read[1], norm)))
         return self._linears(round_matrix(linear.dense(), moments.inputs, self.format), linear.bias)
 
-    def _fit_output(self, sliced: Linear, inputs: list[Tensor]) -> tuple[Linear, Linear]:
-        """Fit towards what the full stream has that the own one lacks, then add the result to the own streams."""
+    def _fit_output(
+        self, part: Sublayer, sliced: Linear, inputs: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Linear, Linear]:
+        """Fit an output projection to what is wanted of it, then add what the part gives to the own streams."""
         fit, choose = (Moments(sliced.shape[1], sliced.shape[0], inputs[0].device) for _ in range(2))
-        for march, x in zip(self.marches, inputs, strict=True):
-            moments = fit if march.fitted_on else choose
-            moments.add(march.real(x), march.real(march.full - march.own))
+        for march, x, y in zip(self.marches, inputs, wanted, strict=True):
+            (fit if march.fitted_on else choose).add(march.real(x), march.real(y))
         served, dense = self._linears(*fit_output(sliced.dense(), fit, choose, self.format))
         for march, x in zip(self.marches, inputs, strict=True):
-            march.own = march.own + dense(x)
+            march.own = march.own + normalise_part(dense(x), part)
         return served, dense
 
     def _linears(self, weight: Tensor | Codes, bias: Tensor | None) -> tuple[Linear, Linear]:
@@ -236,12 +263,6 @@ class Repair:
         return Linear(weight, bias, dtype) if isinstance(weight, Codes) else dense, dense
 
 
-def _device(layer: Layer) -> torch.device:
-    part = layer.attention or layer.mlp
-    assert part is not None
-    return part.norm.device
-
-
 @torch.inference_mode()
 def repair(
     full: Decoder, kept: Kept, format: str, fit: Sequence[Texts], choose: Sequence[Texts], seed: int = 0
@@ -249,7 +270,7 @@ def repair(
     """The kept units of `full`, rounded to `format` and fitted on the texts of `fit`; see the module.
 
     Sublayers that were dropped stay dropped: the next one that is kept is fitted towards the full stream after it, and
-    so takes over what it can of theirs.
+    so takes over what it can of theirs, unless a post-norm follows it (see the module).
     """
     generator = torch.Generator().manual_seed(seed)
     work = Repair(full, kept, format, [_start(full, t, generator, t_fit) for t, t_fit in _both(fit, choose)])
@@ -266,6 +287,7 @@ def _both(fit: Sequence[Texts], choose: Sequence[Texts]) -> list[tuple[Texts, bo
 
 def _start(full: Decoder, texts: Texts, generator: torch.Generator, fitted_on: bool) -> March:
     device = full.embed.device
-    stream = full.embed[texts.tokens.flatten().to(device)].float()
-    rotation = full.rotation(texts.positions.to(device))
-    return March(texts, random_starts(texts.shape, generator), rotation, stream, stream, fitted_on)
+    positions = texts.positions.to(device)
+    stream = full.embedded(texts.tokens.flatten().to(device), positions)
+    starts = random_starts(texts.shape, generator)
+    return March(texts, starts, full.rotation(positions), stream, stream, fitted_on)

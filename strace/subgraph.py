@@ -139,7 +139,7 @@ def _list_linears(decoder: Decoder) -> Iterator[tuple[str, Linear, bool]]:
             yield f"layers.{l}.qkv", layer.attention.qkv, False
             yield f"layers.{l}.o", layer.attention.o, True
         if layer.mlp is not None:
-            yield f"layers.{l}.gate_up", layer.mlp.gate_up, False
+            yield f"layers.{l}.gate_up", layer.mlp.inner, False  # schema 1's name, whether there is a gate or not
             yield f"layers.{l}.down", layer.mlp.down, True
     yield "head", decoder.head, False
 
@@ -262,7 +262,7 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], full: Decoder) -> Dec
     for l, layer in enumerate(subgraph.layers):
         a, m, at = layer.attention, layer.mlp, f"layers.{l}"
         a = None if a is None else replace(a, qkv=stored[f"{at}.qkv"], o=stored[f"{at}.o"])
-        m = None if m is None else replace(m, gate_up=stored[f"{at}.gate_up"], down=stored[f"{at}.down"])
+        m = None if m is None else replace(m, inner=stored[f"{at}.gate_up"], down=stored[f"{at}.down"])
         layers.append(Layer(a, m))
     return replace(subgraph, layers=layers, head=stored["head"])
 

@@ -9,10 +9,22 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -21,7 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from strace.decoder import Decoder, Layer
+from strace.decoder import Decoder, Layer, Norm
 from strace.kv import BLOCK, make_cache
 from strace.linear import Linear
 from strace.runner import FULL, TorchRunner
@@ -36,7 +48,30 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
 }
+# Two heads on two key/value heads where a family has no grouped queries, so that its groups number the same.
+_MULTI_HEAD: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": None, "head_dim": None}
+_OWN: dict[str, dict[str, Any]] = {
+    "phi3": {"sliding_window": 11, "partial_rotary_factor": 0.75},
+    # Caps as small as tiny scores and logits, else they would change nothing; sliding, full, sliding layers.
+    "gemma2": {
+        "sliding_window": 11,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"sliding_window": 11, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+    "gpt2": {**_MULTI_HEAD, "n_inner": 96, "intermediate_size": None},
+    "gpt_neox": _MULTI_HEAD,
+}
+KINDS = tuple(_KINDS)
+_UNSET = frozenset({"pad_token_id", "sliding_window"})  # settings of which None is a value of its own
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -53,7 +88,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def make_tiny(family: str = "llama", seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
-    """A random float32 model of 3 layers, 4 query and 2 key/value heads, in eval mode, biases and norms random too."""
+    """A random float32 model of 3 layers, 4 query (GPT: 2) and 2 key/value heads, in eval mode, attention eager, biases
+    and norms random too."""
     config_type, model_type = _KINDS[family]
     settings: dict[str, Any] = {
         "vocab_size": 300,
@@ -71,17 +107,26 @@ def make_tiny(family: str = "llama", seed: int = 0, **config_overrides: Any) -> 
         "architectures": [model_type.__name__],
     }
     torch.manual_seed(seed)
-    model = model_type(config_type(**settings | config_overrides)).float().eval()
+    settings |= _OWN.get(family, {}) | config_overrides
+    config = config_type(**{name: value for name, value in settings.items() if value is not None or name in _UNSET})
+    model = model_type._from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers starts biases at 0 and norms at 1, and weights so small that no attention is ever sharp.
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
-            elif "norm" in name:
+            elif is_norm(name):
                 parameter.uniform_(0.5, 1.5)
+                parameter -= 1 if family.startswith("gemma") else 0
             else:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+                inputs = parameter.shape[0] if ".h." in name else parameter.shape[-1]
+                parameter.normal_(0, inputs**-0.5)
     return model
+
+
+def is_norm(name: str) -> bool:
+    """Whether a transformers parameter is a norm's."""
+    return "norm" in name or ".ln_" in name
 
 
 def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **config_overrides: Any) -> Path:
@@ -133,7 +178,16 @@ def keep_heads(decoder: Decoder, kept: list[list[int] | None]) -> Decoder:
             o=Linear(whole.o.dense()[:, columns].contiguous().to(decoder.dtype), whole.o.bias, decoder.dtype),
             heads=len(queries),
             kv_heads=len(heads),
+            q_norm=_cut_norm(whole.q_norm, queries, d),
+            k_norm=_cut_norm(whole.k_norm, heads, d),
             kept=torch.tensor(heads),
         )
         layers.append(Layer(attention, layer.mlp))
     return replace(decoder, layers=layers)
+
+
+def _cut_norm(norm: Norm | None, heads: list[int], head_dim: int) -> Norm | None:
+    """Some heads of a norm over all of them; a norm of single heads as it is."""
+    if norm is None or len(norm.weight) == head_dim:
+        return norm
+    return replace(norm, weight=norm.weight.view(-1, head_dim)[heads].flatten())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from strace.decoder import Decoder
 from strace.families import UnsupportedModel
 from strace.kv import Batch
 from strace.runner import FULL
-from tests.tiny import CHAT_TEMPLATE, END, EOS, make_runner, make_tiny, make_tokenizer, random_tokens, save_tiny
+from tests.tiny import CHAT_TEMPLATE, END, EOS, KINDS, make_runner, make_tiny, make_tokenizer, random_tokens, save_tiny
 
 
 @pytest.fixture
@@ -211,15 +212,64 @@ def test_a_stored_head_wins_as_in_transformers(tmp_path: Path, tied: bool) -> No
     assert (logits(load(folder)) - wanted).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_a_checkpoint_saved_without_its_head_lacks_the_outer_name(tmp_path: Path, family: str) -> None:
+    """As GPT-2's on the hub: `h.0.attn.c_attn.weight`, and buffers of old versions beside it."""
+    folder = save_tiny(tmp_path / "model", family, tie_word_embeddings=True)
+    wanted = logits(load(folder))
+    weights = {name.partition(".")[2]: tensor for name, tensor in load_file(folder / SINGLE).items()}
+    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, folder / SINGLE, metadata={"format": "pt"})
+    assert torch.equal(logits(load(folder)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.weight", "[64, 192]"),
+        ("gpt2", "transformer.wpe.weight", "[256, 64]"),
+        ("gpt_neox", "gpt_neox.layers.2.attention.query_key_value.bias", "[192]"),
+        ("gpt_neox", "gpt_neox.layers.2.post_attention_layernorm.bias", "[64]"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", "[128, 64]"),
+        ("phi3", "model.layers.0.mlp.gate_up_proj.weight", "[192, 64]"),
+        ("olmo2", "model.layers.0.self_attn.k_norm.weight", "[32]"),
+        ("gemma2", "model.layers.0.pre_feedforward_layernorm.weight", "[64]"),
+    ],
+)
+def test_a_weight_of_another_shape_is_named_as_stored(tmp_path: Path, family: str, name: str, shape: str) -> None:
+    folder = save_tiny(tmp_path / "model", family)
+    edit_weights(folder, lambda weights: weights.update({name: weights[name][:-1].clone()}))
+    with pytest.raises(BadCheckpoint, match=rf"{re.escape(name)} is \[.*\], its config asks for {re.escape(shape)}"):
+        load(folder)
+
+
+def test_fewer_positions_may_be_served_than_were_learned(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "gpt2")
+    short = load_decoder(open_checkpoint(str(folder), context=40), "fp32")
+    assert short.position_embed is not None
+    assert short.position_embed.shape == (40, 64)
+    assert torch.equal(logits(short), logits(load(folder)))
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+def test_the_embedding_is_scaled_as_the_dtype_has_it(tmp_path: Path, format: str) -> None:
+    folder = save_tiny(tmp_path / "model", "gemma2", hidden_size=68)
+    exact = 68**0.5
+    scale = load_decoder(open_checkpoint(str(folder)), format).spec.embed_scale
+    assert abs(scale - exact) < 1e-6 if format == "fp32" else scale == 8.25
+
+
 def test_an_unknown_format_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"'int3'.*int4"):
         load_decoder(open_checkpoint(str(folder)), "int3")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_placement_fills_devices_in_order(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", KINDS)
+def test_placement_fills_devices_in_order(
+    tmp_path: Path, family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan is accelerate's; its check that the GPUs it is told of exist is all that is left out here."""
-    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "model", tie_word_embeddings=tied)))
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "model", family, tie_word_embeddings=tied)))
     monkeypatch.setattr("accelerate.utils.modeling.get_max_memory", lambda memory: memory)
     memory: dict[int | str, int | str] = {0: 200_000, 1: 100_000, "cpu": 10**9}
     *layers, head = place_layers(checkpoint, torch.bfloat16, memory)

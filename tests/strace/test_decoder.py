@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from strace.checkpoint import load_decoder, open_checkpoint
-from strace.decoder import Decoder, DenseAttend, Layer, rotate
+from strace.decoder import Decoder, DenseAttend, Layer
 from strace.families import FAMILIES
 from strace.kv import Batch
 from strace.runner import FULL
-from tests.tiny import make_runner, make_tiny, make_tokenizer, random_tokens, scatter_blocks
+from tests.tiny import is_norm, make_runner, make_tiny, make_tokenizer, random_tokens, scatter_blocks
 
 LENGTHS = [70, 45, 33]
 TOLERANCE = 1e-4
@@ -50,7 +49,31 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-tied-multi-head": ("olmo2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "olmo2-attention-bias": ("olmo2", {"attention_bias": True}),
+    "phi3": ("phi3", {}),
+    "phi3-tied-whole-rotary": (
+        "phi3",
+        {"tie_word_embeddings": True, "partial_rotary_factor": 1.0, "sliding_window": None},
+    ),
+    "gemma2": ("gemma2", {}),
+    "gemma2-tied-uncapped": (
+        "gemma2",
+        {"tie_word_embeddings": True, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma2-attention-bias": ("gemma2", {"attention_bias": True}),
+    "gemma3": ("gemma3_text", {}),
+    "gemma3-tied-capped": ("gemma3_text", {"tie_word_embeddings": True, "final_logit_softcapping": 3.0}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-tied": ("gpt2", {"tie_word_embeddings": True}),
+    "gpt2-exact-gelu-default-width": ("gpt2", {"activation_function": "gelu", "n_inner": None}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-tied-sequential": ("gpt_neox", {"tie_word_embeddings": True, "use_parallel_residual": False}),
+    "gpt_neox-no-bias-fast-gelu": ("gpt_neox", {"attention_bias": False, "hidden_act": "gelu_fast"}),
 }
+# transformers stretches none of these: Phi-3 knows LongRoPE alone, and GPT-2 has no rope.
+ROTARY = [family.name for family in FAMILIES if family.name not in ("phi3", "gpt2")]
 _FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)]}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -133,15 +156,18 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["default", *ROPE_INIT_FUNCTIONS])
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", ROTARY)
 def test_rope_equals_transformers(family: str, kind: str, tmp_path: Path) -> None:
     """transformers switches dynamic NTK and LongRoPE with the length of the running pass; a cached key cannot follow,
     so the decoder fixes them by the served context. They coincide for dynamic NTK within max_position_embeddings (here
     256) and for LongRoPE where pass and context lie on the same side of the original context (here 32, and every text
     is longer)."""
-    model = (
-        make_tiny(family, sliding_window=None, **rope(kind)) if family == "mistral" else make_tiny(family, **rope(kind))
-    )
+    own = {"mistral": {"sliding_window": None}}.get(family, {})
+    stretched = rope(kind, partial_rotary_factor=0.5) if family == "gpt_neox" else rope(kind)
+    if family == "gemma3_text":
+        kinds = {"full_attention": stretched["rope_parameters"], "sliding_attention": {"rope_theta": 100.0}}
+        stretched = {"rope_parameters": kinds}
+    model = make_tiny(family, **own, **stretched)
     assert_parity(load(model, tmp_path), model)
 
 
@@ -187,19 +213,6 @@ def test_bf16_is_no_noisier_than_transformers(family: str, tmp_path: Path) -> No
     assert ours.abs().max() <= 1.5 * theirs.abs().max()
 
 
-def test_partial_rotation_equals_transformers() -> None:
-    """No family of the table turns a part of its heads only; the arithmetic is held against Phi-3's, whose turn is
-    next."""
-    q = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
-    angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.3, 0.1]))
-    cos, sin = angles.cos(), angles.sin()
-    got = rotate(q, torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
-    both = q.transpose(0, 1)[None]
-    wanted, _ = apply_rotary_pos_emb(both, both, torch.cat([cos, cos], -1)[None], torch.cat([sin, sin], -1)[None])
-    assert torch.allclose(got, wanted[0].transpose(0, 1), atol=1e-6)
-    assert torch.equal(got[..., 6:], q[..., 6:])
-
-
 @torch.inference_mode()
 def dense_logits(decoder: Decoder, texts: Tensor, tap: Callable[[str, int, Tensor], Tensor]) -> Tensor:
     """Logits of texts [S, T] by the cacheless attention used in tracing."""
@@ -208,9 +221,9 @@ def dense_logits(decoder: Decoder, texts: Tensor, tap: Callable[[str, int, Tenso
     return decoder.logits(decoder.streams(texts.flatten(), positions, attend, tap), tap).view(*texts.shape, -1)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2-window-in-some-layers", "qwen3"])
+@pytest.mark.parametrize("case", ["qwen2-window-in-some-layers", *(family.name for family in FAMILIES)])
 def test_dense_attention_equals_transformers_and_names_its_activations(case: str, tmp_path: Path) -> None:
-    family, overrides = SHAPES[case]
+    family, overrides = SHAPES.get(case, (case, {}))
     model = make_tiny(family, **overrides)
     texts, seen = torch.stack([random_tokens(50, seed) for seed in range(3)]), []
 
@@ -220,7 +233,9 @@ def test_dense_attention_equals_transformers_and_names_its_activations(case: str
 
     logits = dense_logits(load(model, tmp_path), texts, tap)
     assert (logits - model(texts).logits).abs().max() <= TOLERANCE
-    names = ["stream", "z", "attention_out", "stream_mid", "act", "mlp_out", "stream_out"]
+    names = ["stream", "z", "attention_out", "stream_mid", "mlp_in", "act", "mlp_out", "stream_out"]
+    if family == "gpt_neox":
+        names.remove("stream_mid")
     assert seen == [(name, layer) for layer in range(3) for name in names] + [("final", 3)]
 
 
@@ -241,13 +256,55 @@ def test_a_dropped_sublayer_is_one_that_adds_nothing(tmp_path: Path) -> None:
     assert decoder.bytes_per_step - lesser.bytes_per_step == sum(lost)
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "llama-mlp-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_equal_transformers(family: str, tied: bool, tmp_path: Path) -> None:
+    model = make_tiny(family, tie_word_embeddings=tied)
+    text, streams = random_tokens(50), []
+
+    def tap(name: str, layer: int, value: Tensor) -> Tensor:
+        if name in ("stream", "final"):
+            streams.append(value)
+        return value
+
+    dense_logits(load(model, tmp_path), text[None], tap)
+    # transformers gives the stream before each layer, then the normalised one.
+    wanted = model(text[None], output_hidden_states=True).hidden_states
+    assert len(streams) == len(wanted) == 4
+    for ours, theirs in zip(streams, wanted, strict=True):
+        assert ((ours - theirs[0]).norm(dim=-1) <= 1e-5 * theirs[0].norm(dim=-1)).all()
+
+
+def test_phi3_long_rope_equals_transformers(tmp_path: Path) -> None:
+    """As in `test_rope_equals_transformers`, with the factor on cos and sin from the ratio of the contexts."""
+    factors = {name: values[:6] for name, values in _FACTORS.items()}
+    parameters = {"rope_type": "longrope", "rope_theta": 1000.0, "partial_rotary_factor": 0.75, **factors}
+    model = make_tiny("phi3", original_max_position_embeddings=32, rope_parameters=parameters)
+    decoder = load(model, tmp_path)
+    assert decoder.spec.rope_scalings[0] > 1
+    assert_parity(decoder, model)
+
+
+def test_each_kind_of_layer_turns_by_its_own_rope(tmp_path: Path) -> None:
+    kinds = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    model = make_tiny("gemma3_text", rope_parameters=kinds)
+    assert_parity(load(model, tmp_path), model)
+
+
+@pytest.mark.parametrize("case", ["llama-tied", "llama-mlp-bias", *(family.name for family in FAMILIES)])
 def test_bytes_per_step_count_every_parameter_once(case: str, tmp_path: Path) -> None:
-    """Of the embedding one row is read; a tied one is read whole, as the head. Norms are float32, all else bf16."""
-    family, overrides = SHAPES[case]
+    """Of the embedding one row is read; a tied one is read whole, as the head. Norms and
+    learned positions, of which one row is read, are float32, all else bf16."""
+    family, overrides = SHAPES.get(case, (case, {}))
     model = make_tiny(family, **overrides)
-    stored = sum(p.numel() * (4 if "norm" in name else 2) for name, p in model.named_parameters())
+    wide = [name for name, _ in model.named_parameters() if is_norm(name) or "wpe" in name]
+    stored = sum(p.numel() * (4 if name in wide else 2) for name, p in model.named_parameters())
     embedding = model.get_input_embeddings().weight
     whole = 0 if model.config.tie_word_embeddings else embedding.numel() * 2
     expected = stored - whole + embedding.shape[1] * 2
+    if family == "gpt2":
+        expected -= 255 * 64 * 4
     assert load(model, tmp_path, "bf16").bytes_per_step == expected

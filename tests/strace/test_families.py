@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -34,7 +41,15 @@ def test_every_architecture_finds_its_family() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (GPT2Config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+        (BloomConfig(architectures=["BloomForCausalLM"]), "BloomForCausalLM"),
+        (MptConfig(architectures=["MPTForCausalLM"]), "MPTForCausalLM"),
+        (Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]), "Gemma3ForConditionalGeneration"),
+        (GPT2Config(scale_attn_by_inverse_layer_idx=True), "gpt2 with scale_attn_by_inverse_layer_idx True"),
+        (GPT2Config(scale_attn_weights=False), "gpt2 with scale_attn_weights False"),
+        (GPT2Config(reorder_and_upcast_attn=True), "gpt2 with reorder_and_upcast_attn True"),
+        (GPT2Config(add_cross_attention=True), "gpt2 with add_cross_attention True"),
+        (Gemma2Config(use_bidirectional_attention=True), "gemma2 with use_bidirectional_attention True"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "gemma3_text with use_bidirectional_attention True"),
         (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
         (MixtralConfig(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM is a mixture of experts"),
         (Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]), "Qwen3MoeForCausalLM is a mixture of experts"),
@@ -43,7 +58,7 @@ def test_every_architecture_finds_its_family() -> None:
             "LlamaForCausalLM is a pre-quantised checkpoint",
         ),
     ],
-    ids=["gpt2", "classifier", "mixtral", "qwen3-moe", "gptq"],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_what_is_not_supported_is_refused_by_name_with_what_is(config: Any, named: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
@@ -85,3 +100,38 @@ def test_served_context_defaults_to_the_checkpoints() -> None:
     config = LlamaConfig(**SMALL, max_position_embeddings=512)
     assert read_spec(config).context == 512
     assert read_spec(config, 100).context == 100
+
+
+def test_learned_positions_bound_the_context() -> None:
+    config = GPT2Config(n_embd=64, n_head=2, n_positions=64)
+    assert read_spec(config, 50).context == 50
+    with pytest.raises(UnsupportedModel, match="gpt2 has learned 64 positions; it cannot serve a context of 65"):
+        read_spec(config, 65)
+
+
+def test_each_kind_of_layer_has_its_window_and_its_rope() -> None:
+    small = SMALL | {"head_dim": 16, "sliding_window": 8}
+    gemma2, gemma3 = read_spec(Gemma2Config(**small)), read_spec(Gemma3TextConfig(**small, sliding_window_pattern=2))
+    assert gemma2.window == gemma3.window == (8, None, 8)
+    assert gemma2.rope == (0, 0, 0)
+    assert gemma3.rope == (1, 0, 1)
+    thetas = [1 / float(frequency[1]) ** 8 for frequency in gemma3.inverse_frequencies]
+    assert thetas == pytest.approx([1e6, 1e4], rel=1e-3)
+
+
+def test_what_a_family_does_not_say_is_as_in_the_first_ones() -> None:
+    llama = read_spec(LlamaConfig(**SMALL))
+    assert (llama.norm, llama.gated, llama.parallel, llama.learned_positions) == ("rms", True, False, False)
+    assert (llama.attention_scale, llama.attention_cap, llama.logit_cap, llama.embed_scale) == (0.25, 0.0, 0.0, 1.0)
+
+
+def test_what_sets_the_new_families_apart() -> None:
+    gemma2 = read_spec(Gemma2Config(**SMALL, head_dim=16, query_pre_attn_scalar=64))
+    assert (gemma2.attention_scale, gemma2.attention_cap, gemma2.logit_cap, gemma2.embed_scale) == (1 / 8, 50, 30, 8)
+    gpt2 = read_spec(GPT2Config(n_embd=64, n_head=2, n_layer=3))
+    assert (gpt2.norm, gpt2.gated, gpt2.mlp, gpt2.activation) == ("layer", False, 256, "gelu_pytorch_tanh")
+    assert (gpt2.rotary_dim, gpt2.inverse_frequencies, gpt2.rope, gpt2.learned_positions) == (0, (), (), True)
+    neox = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    assert [read_spec(GPTNeoXConfig(**neox, use_parallel_residual=p)).parallel for p in (True, False)] == [True, False]
+    assert read_spec(GPTNeoXConfig(**neox)).rotary_dim == 8
+    assert read_spec(Phi3Config(**SMALL, partial_rotary_factor=0.75)).rotary_dim == 12

@@ -13,10 +13,10 @@ from strace.edges import layer_edges
 from strace.flow import measure_flow
 from strace.keep import Kept, slice_decoder
 from strace.texts import Texts, batch_texts
-from tests.tiny import random_tokens, save_tiny
+from tests.tiny import KINDS, random_tokens, save_tiny
 
 
-@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture(params=KINDS)
 def full(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
     extra = {"sliding_window": 7} if request.param == "mistral" else {}
     return load_decoder(open_checkpoint(str(save_tiny(tmp_path, request.param, **extra))), "fp32")
@@ -29,6 +29,7 @@ def texts(*lengths: int) -> list[list[int]]:
 def test_every_level_holds_the_number_of_targets(full: Decoder) -> None:
     flow = measure_flow(full, batch_texts(texts(30, 17, 22)))
     assert flow.targets == 69
+    assert len(flow.levels) == (4 if full.spec.parallel else 7)
     torch.testing.assert_close(flow.levels, torch.full_like(flow.levels, 69.0), rtol=1e-5, atol=0)
 
 
@@ -55,13 +56,15 @@ def test_scores_are_the_sums_over_edges(full: Decoder) -> None:
         assert e.neurons is not None
         neurons = [sum(float(f[i] * e.mlp[0, i] * e.neurons[i, k]) for i in range(12)) for k in range(5)]
         torch.testing.assert_close(flow.neurons[l, :5], torch.tensor(neurons, dtype=torch.float64), rtol=1e-4, atol=0)
-        f, groups, before = f.clone(), torch.zeros(2, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+        groups, before = torch.zeros(2, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+        if full.spec.parallel:
+            before += f * e.mlp[0]
         for i in range(12):
             before[i] += f[i] * e.attention_residual[0, i]
-            for h in range(4):
+            for h in range(full.spec.heads):
                 for j in range(i + 1):
                     through = f[i] * e.attention[0, h, i, j]
-                    groups[h // 2] += through
+                    groups[h // full.spec.group] += through
                     before[j] += through
         torch.testing.assert_close(flow.groups[l], groups, rtol=1e-4, atol=0)
         f = before

@@ -53,7 +53,9 @@ def passes(draw: Any) -> SimpleNamespace:
     q = torch.randn(n, heads * SPEC.group, d, generator=generator)
     k, v = torch.randn(2, n, heads, d, generator=generator)
     batch = Batch(torch.zeros(n, dtype=torch.int64), counts, starts, tables)
-    attention = SimpleNamespace(kept=None if kept is None else torch.tensor(kept), window=window)
+    attention = SimpleNamespace(
+        kept=None if kept is None else torch.tensor(kept), window=window, scale=d**-0.5, cap=0.0
+    )
     return SimpleNamespace(cache=cache, batch=batch, attention=attention, q=q, k=k, v=v)
 
 

@@ -18,12 +18,10 @@ from strace.keep import Kept, Plan, keep_units, slice_decoder
 from strace.kv import Batch
 from strace.linear import quantise
 from strace.measure import block_streams
-from strace.repair import Moments, fit_output, repair, round_second_order
+from strace.repair import March, Moments, Repair, fit_output, repair, round_second_order
 from strace.runner import FULL
 from strace.texts import Texts, batch_texts
-from tests.tiny import make_runner, random_tokens, save_tiny, scatter_blocks
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+from tests.tiny import KINDS, make_runner, random_tokens, save_tiny, scatter_blocks
 
 
 def load(folder: Path, family: str) -> Decoder:
@@ -40,7 +38,7 @@ def cut(full: Decoder, plan: Plan, fit: list[Texts]) -> Kept:
     return keep_units(measure_flow(full, fit[:1]), plan, torch.arange(0, 300, 2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_emulated_blocks_are_what_the_runner_serves(tmp_path: Path, family: str) -> None:
     full = load(tmp_path, family)
     [batch] = batch_texts([random_tokens(45, seed=s).tolist() for s in (1, 2)])
@@ -75,7 +73,7 @@ def test_blocks_cover_texts_in_runs_of_one_to_eight() -> None:
         assert ((depth[:, 1:] == 0) | (depth[:, 1:] == depth[:, :-1] + 1)).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_keeping_all_leaves_weights_and_output_as_they_are(tmp_path: Path, family: str) -> None:
     full = load(tmp_path, family)
     fit, apart = make_texts(12, 60), make_texts(4, 60, seed=1)
@@ -97,7 +95,7 @@ def stream_error(full: Decoder, subgraph: Decoder, batches: list[Texts]) -> floa
 
 
 @pytest.mark.parametrize("format", ["int4", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_repair_brings_the_stream_nearer_on_texts_apart(tmp_path: Path, family: str, format: str) -> None:
     full = load(tmp_path, family)
     fit, choose, apart = make_texts(24, 60), make_texts(6, 60, seed=1), make_texts(6, 60, seed=2)
@@ -107,6 +105,22 @@ def test_repair_brings_the_stream_nearer_on_texts_apart(tmp_path: Path, family: 
     repaired = repair(full, kept, format, fit, choose)
     assert stream_error(full, repaired, apart) < 0.9 * stream_error(full, rounded, apart)
     assert torch.equal(repaired.token_ids, kept.token_ids)
+
+
+@pytest.mark.parametrize("family", KINDS)
+@torch.inference_mode()
+def test_fitting_marches_on_the_streams_that_the_decoders_give(tmp_path: Path, family: str) -> None:
+    full, fit = load(tmp_path, family), make_texts(6, 40)
+    starts = random_starts(fit[0].shape, torch.Generator().manual_seed(0))
+    stream = full.embedded(fit[0].tokens.flatten(), fit[0].positions)
+    march = March(fit[0], starts, full.rotation(fit[0].positions), stream, stream, fitted_on=True)
+    work = Repair(full, cut(full, Plan("p", 0.5, 0.67), fit), "bf16", [march])
+    for l in range(3):
+        work.attention(l)
+        work.mlp(l)
+    whole, own = block_streams(full, work.served, fit[0], starts)
+    for marched, direct in ((march.full, whole), (march.own, own)):
+        assert float((marched - direct).norm() / direct.norm()) < 1e-5
 
 
 def test_dropped_sublayers_stay_dropped(tmp_path: Path) -> None:

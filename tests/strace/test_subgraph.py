@@ -131,6 +131,12 @@ def copied(made: Made, tmp_path: Path) -> Made:
         ("qwen2", "bf16", "int4"),
         ("qwen2", "fp32", "bf16"),
         ("qwen3", "fp32", "int8"),
+        ("olmo2", "bf16", "int4"),
+        ("phi3", "bf16", "int4"),
+        ("gemma2", "fp32", "int8"),
+        ("gemma3_text", "bf16", "int4"),
+        ("gpt2", "bf16", "int4"),
+        ("gpt_neox", "bf16", "int4"),
     ],
 )
 def test_a_stored_subgraph_is_rebuilt_bit_for_bit(tmp_path: Path, family: str, dtype: str, format: str) -> None:
