@@ -5,16 +5,19 @@ Formats (activation precision is part of a format's meaning; all accumulate in f
 | name | stored as | bits per weight | activations |
 |---|---|---|---|
 | fp32, bf16 | dense | 32, 16 | the same |
-| int8 | signed codes, one bf16 scale per output row | 8 + 16/K | as given |
-| int4 | codes -8..7, one signed bf16 scale per 32 inputs of a row | 4.5 | as given |
+| int8 | signed codes, one bf16 scale per output row | 8 + 16/K | int8, one float32 scale per 32 inputs |
+| int4 | codes -8..7, one signed bf16 scale per 32 inputs of a row | 4.5 | int8, one float32 scale per 32 inputs |
 
-int4's scale carries the sign of the group's largest weight, so that the longer side of -8..7 always serves it.
+int4's scale carries the sign of the group's largest weight, so that the longer side of -8..7 always serves it. The
+native runner multiplies int8 activations as integers; here the input is rounded to the same grid and multiplied by
+torch's own kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +76,15 @@ def quantise(weight: Tensor, format: str) -> Codes:
     return Codes(format, codes, scales.squeeze(2).to(torch.bfloat16))
 
 
+def round_activations(x: Tensor) -> Tensor:
+    """x [R, K] on the grid of int8 activations: per 32 inputs codes -127..127 times the largest magnitude over 127; in
+    x's dtype."""
+    columns = x.shape[1]
+    groups = F.pad(x.float(), (0, -columns % GROUP)).view(len(x), -1, GROUP)
+    scale = (groups.abs().amax(2, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((groups / scale).round() * scale).view(len(x), -1)[:, :columns].to(x.dtype)
+
+
 def _dense_format(dtype: torch.dtype) -> str:
     for name, known in DENSE.items():
         if dtype == known:
@@ -90,30 +102,45 @@ def _has_blocked_kernel(weight: Tensor) -> bool:
 class Linear:
     """`y = x W^T + b` with W [N, K] in one of `FORMATS`, on the device of its weight.
 
-    The weight is held once, in the layout of the kernel that this device has for the format. Where it has none, codes
-    are expanded once to the activation dtype: the same numbers at more bytes per step.
+    What the kernel of this device and format wants is made on the first product, so that a runner with kernels of its
+    own never holds a weight twice. Where there is no kernel, codes are expanded to the activation dtype: the same
+    numbers at more bytes per step.
     """
 
     def __init__(self, weight: Tensor | Codes, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape = tuple(weight.codes.shape if isinstance(weight, Codes) else weight.shape)
         self.codes = weight if isinstance(weight, Codes) else None
+        self.shape = tuple(weight.codes.shape if isinstance(weight, Codes) else weight.shape)
         self.format = weight.format if isinstance(weight, Codes) else _dense_format(weight.dtype)
         self.bias = bias
         self.bytes = (weight.bytes if isinstance(weight, Codes) else weight.nbytes) + (
             0 if bias is None else bias.nbytes
         )
-        self._multiply = self._choose_kernel(weight, dtype)
+        self._weight, self._dtype = weight, dtype
 
-    def _choose_kernel(self, weight: Tensor | Codes, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    @property
+    def weight(self) -> Tensor | Codes:
+        """As it was given, in its plain layout."""
+        if isinstance(self._weight, Tensor) and self._weight.is_mkldnn:
+            self._weight = self._weight.to_dense()
+            del self._multiply  # the next product makes the kernel's layout anew, so that one is held at a time
+        return self._weight
+
+    @cached_property
+    def _multiply(self) -> Callable[[Tensor], Tensor]:
+        weight = self._weight
         if isinstance(weight, Codes):
-            if weight.codes.device.type == "cpu" and dtype == torch.bfloat16:
+            if weight.codes.device.type == "cpu" and self._dtype == torch.bfloat16:
                 return self._use_int4(weight) if weight.format == "int4" else self._use_int8(weight)
-            weight = weight.dense().to(dtype)
+            return self._use_dense(weight.dense().to(self._dtype))
+        return self._use_dense(weight)
+
+    def _use_dense(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         if not _has_blocked_kernel(weight):
-            self._weight = weight
             return lambda x: F.linear(x, weight, self.bias)
         kernel = torch.ops.mkldnn._linear_pointwise.default
-        self._weight = blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        if self.codes is None:
+            self._weight = blocked  # in place of the plain layout
         return lambda x: kernel(x, blocked, self.bias, "none", [], "")
 
     def _use_int8(self, weight: Codes) -> Callable[[Tensor], Tensor]:
@@ -139,12 +166,12 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[R, K] -> [R, N]."""
-        return self._multiply(x)
+        return self._multiply(x if self.codes is None else round_activations(x))
 
     def dense(self) -> Tensor:
         """float32 [N, K], the numbers that the product really uses."""
-        if self.codes is not None:
-            return self.codes.dense()
+        if isinstance(self._weight, Codes):
+            return self._weight.dense()
         weight = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
         return weight.float()
 

@@ -1,7 +1,10 @@
-"""What the wheel holds: both packages, the embedded model and its subgraphs, within the promised size."""
+"""What the wheel holds: both packages, the native library, the embedded model and its subgraphs, within the promised
+size; and that a machine without a compiler gets all but the library."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,16 +16,31 @@ ROOT = Path(__file__).parent.parent
 LARGEST = 90_000_000
 CODE = ["strace", "server"]
 EMBEDDED = ["model", "subgraphs"]
+NATIVE, LIBRARY = "strace/native/", "strace/native/libstrace_native.so"
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """The wheel of this checkout, built without the network."""
+    settings = {"build-dir": str(folder / "build")} if environment else {}
+    build = f"from scikit_build_core.build import build_wheel; build_wheel({str(folder)!r}, {settings!r})"
+    # CMake and Ninja lie beside this Python where the system has none.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    everything = os.environ | {"PATH": path} | environment
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, env=everything, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, built without the network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = f"from scikit_build_core.build import build_wheel; build_wheel({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    return path
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def files_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def files_under(folder: Path) -> set[str]:
@@ -34,15 +52,26 @@ def files_under(folder: Path) -> set[str]:
     }
 
 
-def test_wheel_holds_packages_and_embedded_model(wheel: Path) -> None:
+def expected_files() -> set[str]:
+    """All but the native library: of the folder of its sources, what Python reads."""
     expected = {f"{package}/{name}" for package in CODE for name in files_under(ROOT / package)}
+    expected = {name for name in expected if not name.startswith(NATIVE) or name.endswith(".py")}
     for part in EMBEDDED:
         names = files_under(ROOT / "models" / "embedded" / part)
         assert names, f"models/embedded/{part} is empty"
         expected |= {f"strace/embedded/{part}/{name}" for name in names}
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == expected
+    return expected
+
+
+def test_wheel_holds_packages_library_and_embedded_model(wheel: Path) -> None:
+    assert files_of(wheel) == expected_files() | {LIBRARY}
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+
+
+def test_without_a_compiler_all_but_the_library_is_installed(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, CXX=str(tmp_path / "no-compiler"))
+    assert files_of(wheel) == expected_files()
+    assert wheel.name.endswith("py3-none-any.whl")
 
 
 def test_wheel_is_within_its_size(wheel: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strace.linear import DENSE, FORMATS, GROUP, Codes, Linear, make_linear, quantise
+from strace.linear import DENSE, FORMATS, GROUP, Codes, Linear, make_linear, quantise, round_activations
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 5).map(lambda groups: groups * GROUP))
 BF16 = 2.0**-8  # largest relative error of one rounding to bf16
@@ -103,6 +103,7 @@ def test_kernel_multiplies_by_the_numbers_it_says(format: str, n: int, bias: boo
         got = linear(x)
         assert got.dtype == dtype
         assert got.shape == (rows, n)
+        x = x if format in DENSE else round_activations(x)
         wanted = F.linear(x.double(), linear.dense().double())
         # Weights may pass through bf16 inside the kernel; the product, then the sum with the bias, are rounded once
         # each.
@@ -118,7 +119,18 @@ def test_kernel_multiplies_by_the_numbers_it_says(format: str, n: int, bias: boo
 def test_codes_run_in_float32_too(format: str) -> None:
     linear = make_linear(random_weight((20, 64), 0), None, format)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(linear(x), x @ linear.dense().T, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(linear(x), round_activations(x) @ linear.dense().T, rtol=1e-5, atol=1e-4)
+
+
+@given(st.integers(1, 5), st.integers(1, 100), st.integers(0, 1000))
+def test_activations_are_rounded_to_codes_of_their_group(rows: int, columns: int, seed: int) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 7 - 3)
+    x[0, :GROUP] = 0
+    for got, wanted in zip(round_activations(x).split(GROUP, 1), x.split(GROUP, 1), strict=True):
+        peak = wanted.abs().amax(1, keepdim=True)
+        assert ((got - wanted).abs() <= peak * (0.5 / 127 + 1e-6)).all()
+        codes = got * 127 / peak.clamp_min(1e-30)
+        assert torch.allclose(codes, codes.round(), atol=1e-3)
 
 
 @pytest.mark.parametrize(

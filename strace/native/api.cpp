@@ -1,0 +1,97 @@
+// The C interface of native.h: arguments checked, errors kept, then the work of the files beside it.
+#include <atomic>
+#include <chrono>
+
+#include "error.h"
+#include "kernels.h"
+#include "layout.h"
+#include "model.h"
+
+using namespace strace;
+
+namespace strace {
+
+std::string &last_error() {
+  thread_local std::string message;
+  return message;
+}
+
+const Graph &find_graph(const st_runner &runner, int32_t number) {
+  require(number >= 0 && number < static_cast<int32_t>(runner.graphs.size()), "there is no graph of this number");
+  return *runner.graphs[number];
+}
+
+}  // namespace strace
+
+st_runner::st_runner(const st_cache &description, int threads)
+    : cache(description), cache_layers(description.layer, description.layer + description.layers), pool(threads) {
+  cache.layer = cache_layers.data();
+  workspace.scratch = std::vector<Scratch>(threads);
+}
+
+int32_t st_abi(void) { return ST_ABI; }
+
+const char *st_error(void) { return last_error().c_str(); }
+
+st_runner *st_create(const st_cache *cache, int32_t threads) {
+  return guarded(static_cast<st_runner *>(nullptr), [&] {
+    check(*cache);
+    require(threads >= 1 && threads <= 1024, "a runner has 1 to 1024 threads");
+    return new st_runner(*cache, threads);
+  });
+}
+
+void st_destroy(st_runner *runner) { delete runner; }
+
+int32_t st_add_graph(st_runner *runner, const st_graph_description *graph) {
+  return guarded(-1, [&] {
+    check(*graph, runner->cache);
+    runner->graphs.push_back(std::make_unique<Graph>(*graph));
+    return static_cast<int32_t>(runner->graphs.size()) - 1;
+  });
+}
+
+int32_t st_forward(st_runner *runner, int32_t number, const st_batch *batch, const int32_t *rows, int32_t row_count,
+                   float *logits, st_summary *summaries) {
+  return guarded(-1, [&] {
+    const Graph &graph = find_graph(*runner, number);
+    const int tokens = check(graph.shape, runner->cache, *batch);
+    require(row_count >= 0, "a negative number of rows");
+    for (int i = 0; i < row_count; ++i) require(rows[i] >= 0 && rows[i] < tokens, "a row is not that of a token");
+    forward(*runner, graph, *batch, rows, logits || summaries ? row_count : 0, logits, summaries);
+    return 0;
+  });
+}
+
+int32_t st_multiply(st_runner *runner, const st_matrix *matrix, const float *x, int32_t tokens, float *y) {
+  return guarded(-1, [&] {
+    require(matrix->format >= ST_FP32 && matrix->format <= ST_INT4 && matrix->rows > 0 && matrix->columns > 0 && tokens > 0,
+            "the product is empty or its format unknown");
+    const size_t bytes = kernels().activation_bytes(matrix->format, matrix->columns);
+    Buffer buffer;
+    char *activations = buffer.reserve<char>(bytes * tokens);
+    runner->pool.share(tokens, [&](int t, int) {
+      kernels().prepare(matrix->format, matrix->columns, x + static_cast<size_t>(t) * matrix->columns,
+                        activations + t * bytes);
+    });
+    runner->pool.share(panels(*matrix), [&](int panel, int) {
+      kernels().multiply(*matrix, activations, tokens, panel, panel + 1, y, matrix->rows);
+    });
+    return 0;
+  });
+}
+
+double st_read_bandwidth(st_runner *runner, const void *memory, size_t bytes) {
+  constexpr size_t PIECE = 1 << 20;
+  const int pieces = static_cast<int>(bytes / PIECE);
+  std::atomic<uint64_t> total{0};
+  const auto start = std::chrono::steady_clock::now();
+  runner->pool.share(pieces, [&](int i, int) {
+    const auto *numbers = static_cast<const uint64_t *>(memory) + i * (PIECE / sizeof(uint64_t));
+    uint64_t sum = 0;
+    for (size_t k = 0; k < PIECE / sizeof(uint64_t); ++k) sum += numbers[k];
+    total += sum;  // used, so that the reads are not left out
+  });
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  return pieces * static_cast<double>(PIECE) / taken.count();
+}

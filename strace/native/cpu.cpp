@@ -1,0 +1,42 @@
+// Which instruction set's kernels run: the best that this CPU has, or the lesser one that STRACE_ISA names.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace strace {
+
+extern const Kernels PORTABLE;
+#if defined(__x86_64__)
+extern const Kernels AVX512, AVX2;
+#endif
+
+namespace {
+
+bool wanted(const Kernels &kernels) {
+  const char *asked = std::getenv("STRACE_ISA");
+  return !asked || !*asked || std::strcmp(asked, kernels.name) == 0;
+}
+
+const Kernels &choose() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (avx512 && wanted(AVX512)) return AVX512;
+  if (avx2 && wanted(AVX2)) return AVX2;
+#endif
+  return PORTABLE;
+}
+
+}  // namespace
+
+const Kernels &kernels() {
+  static const Kernels &chosen = choose();
+  return chosen;
+}
+
+}  // namespace strace
+
+const char *st_isa(void) { return strace::kernels().name; }

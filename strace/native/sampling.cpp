@@ -1,0 +1,269 @@
+// See sampling.h; and the acceptance rule over a block of drafts.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+namespace strace {
+namespace {
+
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// Memory that grows to the vocabulary once.
+struct Scratch {
+  std::vector<float> weights, maxima;
+  std::vector<int> places;
+  std::vector<int64_t> seen;
+};
+thread_local Scratch scratch;
+
+float greatest(const float *values, int count) {
+  float lanes[LANES];
+  std::fill(lanes, lanes + LANES, NEVER);
+  int i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] = values[i + l] > lanes[l] ? values[i + l] : lanes[l];
+  for (; i < count; ++i) lanes[0] = std::max(lanes[0], values[i]);
+  return *std::max_element(lanes, lanes + LANES);
+}
+
+double sum(const float *values, int count) {
+  double lanes[LANES] = {};
+  int i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] += values[i + l];
+  for (; i < count; ++i) lanes[0] += values[i];
+  double total = 0;
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+// Subtract presence + frequency * count from every token that was generated before.
+void penalise(const Row &row, const st_sampler &sampler, Drafted drafted) {
+  std::vector<int64_t> &seen = scratch.seen;
+  seen.assign(sampler.history, sampler.history + sampler.history_count);
+  seen.insert(seen.end(), drafted.tokens, drafted.tokens + drafted.count);
+  std::sort(seen.begin(), seen.end());
+  for (auto first = seen.begin(); first != seen.end();) {
+    const auto last = std::upper_bound(first, seen.end(), *first);
+    int place = static_cast<int>(*first);
+    if (row.ids) place = static_cast<int>(std::lower_bound(row.ids, row.ids + row.count, *first) - row.ids);
+    if (place < row.count && row.id(place) == *first)
+      row.values[place] -= sampler.presence_penalty + sampler.frequency_penalty * static_cast<float>(last - first);
+    first = last;
+  }
+}
+
+// NEVER for all but the k greatest; of equal ones the first stay.
+void keep_top_k(float *values, int count, int k) {
+  // The k-th greatest of the maxima of short runs bounds the k-th greatest value from below: few values lie above it.
+  constexpr int RUN = 32;
+  std::vector<float> &chosen = scratch.maxima;
+  chosen.clear();
+  for (int i = 0; i < count; i += RUN) chosen.push_back(greatest(values + i, std::min(RUN, count - i)));
+  float bound = NEVER;
+  if (static_cast<int>(chosen.size()) >= k) {
+    std::nth_element(chosen.begin(), chosen.begin() + (k - 1), chosen.end(), std::greater<float>());
+    bound = chosen[k - 1];
+  }
+  chosen.clear();
+  for (int i = 0; i < count; ++i)
+    if (values[i] >= bound) chosen.push_back(values[i]);
+  if (static_cast<int>(chosen.size()) < k) return;  // the others are NaN and weigh nothing
+  std::nth_element(chosen.begin(), chosen.begin() + (k - 1), chosen.end(), std::greater<float>());
+  const float least = chosen[k - 1];
+  long equal = k - std::count_if(chosen.begin(), chosen.begin() + k, [least](float x) { return x > least; });
+  for (int i = 0; i < count; ++i)
+    if (values[i] < least || (values[i] == least && equal-- <= 0)) values[i] = NEVER;
+}
+
+// Weight 0 outside the smallest set of greatest `values` that holds `share` of the weight (e^value); of equal ones the
+// first stay.
+void keep_top_p(const float *values, float *weights, int count, float share) {
+  // Buckets of nearly equal weight by exponent and two bits: only the one in which the share is reached gets sorted.
+  constexpr int SHIFT = 21, BUCKETS = (127 << 2) + 1;
+  double held[BUCKETS] = {};
+  auto bucket = [](float weight) {
+    int32_t bits;
+    std::memcpy(&bits, &weight, sizeof bits);
+    return bits >> SHIFT;
+  };
+  for (int i = 0; i < count; ++i) held[bucket(weights[i])] += weights[i];
+  double wanted = 0, before = 0;
+  for (int b = BUCKETS - 1; b >= 0; --b) wanted += held[b];
+  wanted *= share;
+  int edge = BUCKETS - 1;
+  for (; edge > 0 && before + held[edge] < wanted; --edge) before += held[edge];
+  std::vector<int> &places = scratch.places;
+  places.clear();
+  for (int i = 0; i < count; ++i) {
+    if (const int b = bucket(weights[i]); b == edge) places.push_back(i);
+    else if (b < edge) weights[i] = 0;
+  }
+  std::sort(places.begin(), places.end(),
+            [values](int a, int b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
+  for (size_t i = 0; i < places.size(); ++i) {
+    const double weight = weights[places[i]];
+    // What lies before an entry decides, so the one that reaches the share stays; the best stays whatever the share.
+    if (before >= wanted && before > 0) weights[places[i]] = 0;
+    before += weight;
+  }
+}
+
+// The numbers of numpy's Generator(Philox(key=key, counter=[0, 0, purpose, position])).random.
+class Noise {
+ public:
+  Noise(uint64_t key, int64_t position, Purpose purpose)
+      : key_(key), position_(static_cast<uint64_t>(position)), purpose_(static_cast<uint64_t>(purpose)) {}
+
+  // Number `index` of them, in [0, 1).
+  double at(int64_t index) {
+    const uint64_t block = static_cast<uint64_t>(index) / 4 + 1;  // numpy counts up before its first block
+    if (block != block_) fill(block);
+    return static_cast<double>(words_[index % 4] >> 11) * 0x1p-53;
+  }
+
+ private:
+  void fill(uint64_t block) {
+    uint64_t a = block, b = 0, c = purpose_, d = position_, even = key_, odd = 0;
+    for (int round = 0; round < 10; ++round, even += 0x9E3779B97F4A7C15, odd += 0xBB67AE8584CAA73B) {
+      const auto first = static_cast<unsigned __int128>(a) * 0xD2E7470EE14C6C93;
+      const auto second = static_cast<unsigned __int128>(c) * 0xCA5A826395121157;
+      a = static_cast<uint64_t>(second >> 64) ^ b ^ even;
+      b = static_cast<uint64_t>(second);
+      c = static_cast<uint64_t>(first >> 64) ^ d ^ odd;
+      d = static_cast<uint64_t>(first);
+    }
+    words_[0] = a, words_[1] = b, words_[2] = c, words_[3] = d;
+    block_ = block;
+  }
+
+  uint64_t key_, position_, purpose_, block_ = 0, words_[4];
+};
+
+// argmax of log p + Gumbel, as the greatest p / E with E = -log u exponential.
+int race(const Row &row, Noise noise) {
+  int winner = 0;
+  double best = 0;
+  for (int i = 0; i < row.count; ++i) {
+    const double p = row.values[i];
+    if (p <= 0) continue;
+    const double u = noise.at(row.id(i));
+    if (p <= best * (1 - u)) continue;  // E >= 1 - u: most entries lose without a logarithm
+    if (const double score = p / -std::log(std::max(u, 1e-300)); score > best) best = score, winner = i;
+  }
+  return winner;
+}
+
+// The entry where the cumulative sum reaches a uniform share of the whole.
+int invert(const Row &row, double u) {
+  constexpr int RUN = 64;
+  double whole = 0, before = 0;
+  for (int i = 0; i < row.count; i += RUN) whole += sum(row.values + i, std::min(RUN, row.count - i));
+  const double wanted = (1 - u) * whole;  // above 0 and at most the whole: it is always reached
+  int found = 0;
+  for (int i = 0; i < row.count; i += RUN) {
+    const int end = std::min(i + RUN, row.count);
+    const double held = sum(row.values + i, end - i);
+    if (before + held >= wanted) {
+      for (int j = i; j < end && before < wanted; ++j)
+        if (row.values[j] > 0) before += row.values[j], found = j;
+      break;
+    }
+    before += held;
+  }
+  return found;
+}
+
+int find_best(const float *values, int count) {
+  const float *end = values + count, *best = std::find(values, end, greatest(values, count));
+  return best == end ? 0 : static_cast<int>(best - values);  // NaN alone has no greatest
+}
+
+}  // namespace
+
+float top_probability(const float *logits, int count) {
+  scratch.weights.resize(count);
+  vectors().weigh(count, greatest(logits, count), 1, logits, scratch.weights.data());
+  return static_cast<float>(1 / sum(scratch.weights.data(), count));
+}
+
+void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
+  const int count = row.count;
+  if (sampler.presence_penalty != 0 || sampler.frequency_penalty != 0) penalise(row, sampler, drafted);
+  if (sampler.temperature == 0) {
+    const int best = find_best(row.values, count);
+    std::fill(row.values, row.values + count, 0.0f);
+    row.values[best] = 1;
+    return;
+  }
+  if (sampler.top_k > 0 && sampler.top_k < count) keep_top_k(row.values, count, sampler.top_k);
+  scratch.weights.resize(count);
+  float *weights = scratch.weights.data();
+  const float temperature = std::max(sampler.temperature, std::numeric_limits<float>::min());
+  vectors().weigh(count, greatest(row.values, count), temperature, row.values, weights);
+  if (sampler.top_p < 1) keep_top_p(row.values, weights, count, sampler.top_p);
+  const float scale = static_cast<float>(1 / sum(weights, count));
+  for (int i = 0; i < count; ++i) row.values[i] = weights[i] * scale;
+}
+
+int draw(const Row &row, const st_sampler &sampler, int64_t position, Purpose purpose) {
+  if (sampler.shared) return race(row, Noise(sampler.key, position, Purpose::TOKEN));
+  return invert(row, Noise(sampler.key, position, purpose).at(0));
+}
+
+namespace {
+
+// Whether a draft that was drawn from q stands as a draw from p: with probability min(1, p / q).
+bool stands(double p, double q, const st_sampler &sampler, int64_t position) {
+  return q <= p || Noise(sampler.key, position, Purpose::ACCEPT).at(0) < p / q;
+}
+
+// p -> max(p - q, 0) in place; p stays where they do not differ.
+void leave_residual(const Row &p, const float *q) {
+  scratch.weights.resize(p.count);
+  float *excess = scratch.weights.data();
+  for (int i = 0; i < p.count; ++i) excess[i] = std::max(p.values[i] - q[i], 0.0f);
+  if (sum(excess, p.count) > 0) std::copy(excess, excess + p.count, p.values);
+}
+
+}  // namespace
+}  // namespace strace
+
+using namespace strace;
+
+void st_uniform(uint64_t key, int64_t position, int32_t purpose, int32_t count, double *numbers) {
+  Noise noise(key, position, static_cast<Purpose>(purpose));
+  for (int i = 0; i < count; ++i) numbers[i] = noise.at(i);
+}
+
+int32_t st_process(st_runner *, float *logits, int32_t rows, const int64_t *drafts, int32_t vocabulary,
+                   const st_sampler *sampler) {
+  for (int i = 0; i < rows; ++i)
+    shape({logits + static_cast<size_t>(i) * vocabulary, vocabulary, nullptr}, *sampler, {drafts, i});
+  return 0;
+}
+
+int32_t st_verify(st_runner *, float *logits, const float *q, const int64_t *drafts, int32_t draft_count,
+                  int32_t vocabulary, const st_sampler *sampler, int64_t *token) {
+  for (int i = 0;; ++i) {
+    const size_t offset = static_cast<size_t>(i) * vocabulary;
+    const Row p{logits + offset, vocabulary, nullptr};
+    const int64_t position = sampler->position + i;
+    shape(p, *sampler, {drafts, i});
+    Purpose purpose = Purpose::TOKEN;
+    if (i < draft_count && q && !sampler->shared) {
+      if (stands(p.values[drafts[i]], q[offset + drafts[i]], *sampler, position)) continue;
+      leave_residual(p, q + offset);
+      purpose = Purpose::RESIDUAL;
+    }
+    *token = draw(p, *sampler, position, purpose);
+    // Greedily and with shared noise a draft stands where it is the full model's own token.
+    if (purpose == Purpose::RESIDUAL || i == draft_count || *token != drafts[i]) return i;
+  }
+}

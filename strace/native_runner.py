@@ -1,0 +1,381 @@
+"""The native CPU runner: a whole pass over all layers is one call into strace/native/.
+
+Its results do not depend, to the bit, on what shares a pass, on chunking or on the number of threads; so greedy and
+seeded text of `exact` equals that of `full`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strace import native
+from strace.decoder import MLP, Attention, Decoder, Layer, Norm
+from strace.draft import Draft, DraftLimits, DraftPlan, GainRule
+from strace.kv import Batch, KVCache
+from strace.linear import DENSE, Codes, Linear
+from strace.native import NativeError
+from strace.sampling import Sampler
+
+_CACHE_LINE = 64
+_FORMAT_OF = {dtype: name for name, dtype in DENSE.items()}
+
+
+class Weights:
+    """Packed copies of matrices, each once however many graphs share it, and all else that C points to.
+
+    The copies lie one after the other, as a step reads them, on large pages where the system has them.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor | Codes]) -> None:
+        library = native.load()
+        distinct = {_place(weight): weight for weight in matrices}
+        sizes = {}
+        for place, weight in distinct.items():
+            format, rows, columns = _describe(weight)
+            packed = library.st_packed_bytes(format, rows, columns)
+            sizes[place] = -(-packed // _CACHE_LINE) * _CACHE_LINE
+        self.bytes = sum(sizes.values())
+        self._memory = mmap.mmap(-1, self.bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self._packed = {}
+        self._kept: list[Tensor] = []
+        for place, weight in distinct.items():
+            _pack(weight, start)
+            self._packed[place] = start
+            start += sizes[place]
+
+    def matrix(self, weight: Tensor | Codes, bias: Tensor | None = None) -> native.Matrix:
+        return native.Matrix(*_describe(weight), self._packed[_place(weight)], self.keep(bias, torch.float32))
+
+    def norm(self, norm: Norm | None) -> native.Norm:
+        if norm is None:
+            return native.Norm()
+        weight, bias = self.keep(norm.weight, torch.float32), self.keep(norm.bias, torch.float32)
+        return native.Norm(native.NORMS[norm.kind], len(norm.weight), weight, bias)
+
+    def keep(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+        """The address of a copy that lives as long as this does."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.detach().to("cpu", dtype, copy=True).contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def _place(weight: Tensor | Codes) -> tuple[int, int, int, int]:
+    """What tells a matrix from all others while they are alive."""
+    tensor = weight.codes if isinstance(weight, Codes) else weight
+    return tensor.data_ptr(), *_describe(weight)
+
+
+def _describe(weight: Tensor | Codes) -> tuple[int, int, int]:
+    """Format, rows, columns as the library wants them."""
+    name = weight.format if isinstance(weight, Codes) else _FORMAT_OF[weight.dtype]
+    rows, columns = (weight.codes if isinstance(weight, Codes) else weight).shape
+    return native.FORMATS[name], rows, columns
+
+
+def _pack(weight: Tensor | Codes, address: int) -> None:
+    library, described = native.load(), _describe(weight)
+    if isinstance(weight, Codes):
+        codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+        native.check(library.st_pack_codes(*described, codes.data_ptr(), scales.data_ptr(), address))
+    else:
+        native.check(library.st_pack_dense(*described, weight.contiguous().data_ptr(), address))
+
+
+def _matrices(decoder: Decoder) -> list[Tensor | Codes]:
+    """A graph's matrices in the order that a step reads them."""
+    parts: list[Tensor | Codes] = [decoder.embed]
+    for layer in decoder.layers:
+        parts += [] if layer.attention is None else [layer.attention.qkv.weight, layer.attention.o.weight]
+        parts += [] if layer.mlp is None else [layer.mlp.inner.weight, layer.mlp.down.weight]
+    return [*parts, decoder.head.weight]
+
+
+def _attention(part: Attention | None, weights: Weights) -> native.Attention:
+    if part is None:
+        return native.Attention()
+    kept = torch.arange(part.kv_heads) if part.kept is None else part.kept
+    return native.Attention(
+        norm=weights.norm(part.norm),
+        post_norm=weights.norm(part.post_norm),
+        q_norm=weights.norm(part.q_norm),
+        k_norm=weights.norm(part.k_norm),
+        qkv=weights.matrix(part.qkv.weight, part.qkv.bias),
+        o=weights.matrix(part.o.weight, part.o.bias),
+        present=1,
+        heads=part.heads,
+        kv_heads=part.kv_heads,
+        kept=weights.keep(kept, torch.int32),
+        window=part.window or 0,
+        rope=part.rope,
+    )
+
+
+def _mlp(part: MLP | None, weights: Weights) -> native.MLP:
+    if part is None:
+        return native.MLP()
+    return native.MLP(
+        norm=weights.norm(part.norm),
+        post_norm=weights.norm(part.post_norm),
+        inner=weights.matrix(part.inner.weight, part.inner.bias),
+        down=weights.matrix(part.down.weight, part.down.bias),
+        present=1,
+        gated=part.gated,
+    )
+
+
+def _ropes(decoder: Decoder, weights: Weights) -> list[native.Rope]:
+    cos, signed_sin = decoder.rotation(torch.arange(decoder.spec.context))
+    return [
+        native.Rope(weights.keep(c, torch.float32), weights.keep(s, torch.float32))
+        for c, s in zip(cos, signed_sin, strict=True)
+    ]
+
+
+def _describe_graph(decoder: Decoder, weights: Weights) -> native.GraphDescription:
+    spec = decoder.spec
+    layers = [native.Layer(_attention(layer.attention, weights), _mlp(layer.mlp, weights)) for layer in decoder.layers]
+    ropes = _ropes(decoder, weights)
+    return native.GraphDescription(
+        layers=len(layers),
+        hidden=spec.hidden,
+        head_dim=spec.head_dim,
+        rotary_dim=spec.rotary_dim,
+        vocabulary=spec.vocabulary,
+        context=spec.context,
+        activation=native.ACTIVATIONS[spec.activation],
+        parallel=spec.parallel,
+        ropes=len(ropes),
+        norm_eps=spec.norm_eps,
+        embed_scale=spec.embed_scale,
+        attention_scale=spec.attention_scale,
+        attention_cap=spec.attention_cap,
+        logit_cap=spec.logit_cap,
+        layer=(native.Layer * len(layers))(*layers),
+        rope=(native.Rope * len(ropes))(*ropes),
+        embed=weights.matrix(decoder.embed),
+        position_embed=weights.keep(decoder.position_embed, torch.float32),
+        final_norm=weights.norm(decoder.final_norm),
+        head=weights.matrix(decoder.head.weight, decoder.head.bias),
+        token_ids=weights.keep(decoder.token_ids, torch.int64),
+        coverage=decoder.coverage,
+    )
+
+
+def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
+    """A batch as C sees it, and what must live until the call is over."""
+    tokens, tables = batch.tokens.contiguous(), batch.tables.contiguous()
+    sequences, stride = tables.shape
+    numbers = ctypes.c_int32 * sequences
+    counts, starts = numbers(*batch.counts), numbers(*batch.starts)
+    return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
+
+
+def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, np.ndarray]:
+    """How a sequence is sampled as C sees it, and what must live until the call is over."""
+    params, history = sampler.params, np.asarray(sampler.history, dtype=np.int64)
+    return native.Sampler(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        top_k=params.top_k,
+        shared=sampler.noise.shared,
+        key=sampler.noise.key,
+        position=sampler.position,
+        history=history.ctypes.data,
+        history_count=len(history),
+    ), history
+
+
+def _describe_rule(rule: GainRule) -> native.Rule:
+    """The rule as C sees it; its arrays are the rule's own."""
+    return native.Rule(
+        always=rule.always,
+        tokens_per_second=rule.tokens_per_second,
+        full_seconds=rule.full_seconds.ctypes.data,
+        draft_seconds=rule.draft_seconds.ctypes.data,
+        table=len(rule.full_seconds),
+        planned=rule.planned,
+        stop_count=len(rule.stop_ids),
+        bins=len(rule.acceptance) - 1,
+        acceptance=rule.acceptance.ctypes.data,
+        stop_ids=rule.stop_ids.ctypes.data,
+    )
+
+
+def _most(limits: DraftLimits) -> int:
+    """The most tokens that a draft within these limits has."""
+    return min(limits.room, limits.held + (limits.emitted if limits.threshold <= 1 else 0))
+
+
+def _outline(decoder: Decoder) -> Decoder:
+    """The decoder with matrices that have shapes, formats and sizes, and take no memory."""
+
+    def empty(linear: Linear) -> Linear:
+        weight, bias = linear.weight, None if linear.bias is None else linear.bias.to("meta")
+        if isinstance(weight, Codes):
+            return Linear(replace(weight, codes=weight.codes.to("meta"), scales=weight.scales.to("meta")), bias)
+        return Linear(weight.to("meta"), bias)
+
+    layers = []
+    for layer in decoder.layers:
+        a, m = layer.attention, layer.mlp
+        attention = None if a is None else replace(a, qkv=empty(a.qkv), o=empty(a.o))
+        layers.append(Layer(attention, None if m is None else replace(m, inner=empty(m.inner), down=empty(m.down))))
+    return replace(decoder, embed=decoder.embed.to("meta"), layers=layers, head=empty(decoder.head))
+
+
+def _check_places(graphs: dict[str, Decoder], cache: KVCache) -> None:
+    for name, decoder in graphs.items():
+        places = {decoder.embed.device, *decoder.devices, *(layer.device for layer in decoder.layers if _any(layer))}
+        if any(place.type != "cpu" for place in places):
+            raise NativeError(f"the native runner runs on the CPU; graph {name!r} lies on {sorted(map(str, places))}")
+    if any(tensor.device.type != "cpu" for tensor in chain(cache.keys, cache.values)):
+        raise NativeError("the native runner runs on the CPU; the cache lies elsewhere")
+
+
+def _any(layer: Layer) -> bool:
+    return layer.attention is not None or layer.mlp is not None
+
+
+class NativeRunner:
+    """Runs graphs over one shared cache, all on the CPU; see `strace.runner.Runner`.
+
+    The weights are packed into memory of its own, and `graphs` holds the decoders without theirs: once the caller drops
+    the decoders it gave, no weight is held twice. Calls come from one thread at a time.
+
+    Raises:
+        NativeError: if the library is missing, a graph or the cache does not lie on the CPU, or a graph cannot be run.
+    """
+
+    name = "native"
+
+    def __init__(self, graphs: dict[str, Decoder], cache: KVCache, threads: int | None = None) -> None:
+        self._library = native.load()
+        _check_places(graphs, cache)
+        self.cache = cache
+        self.isa = self._library.st_isa().decode()
+        self.threads = threads or torch.get_num_threads()
+        described = self._describe_cache()
+        self._handle = self._library.st_create(described, self.threads)
+        if not self._handle:
+            raise NativeError(self._library.st_error().decode())
+        self._destroy = weakref.finalize(self, self._library.st_destroy, self._handle)
+        self._weights = Weights(chain.from_iterable(_matrices(decoder) for decoder in graphs.values()))
+        self._numbers = {}
+        for name, decoder in graphs.items():
+            description = _describe_graph(decoder, self._weights)
+            self._numbers[name] = native.check(self._library.st_add_graph(self._handle, description))
+        self._rooms: dict[str, Tensor] = {}
+        self._token_ids = {name: decoder.token_ids for name, decoder in graphs.items()}
+        self.graphs = {name: _outline(decoder) for name, decoder in graphs.items()}
+
+    def _describe_cache(self) -> native.Cache:
+        layers = [
+            native.LayerCache(k.data_ptr(), v.data_ptr())
+            for k, v in zip(self.cache.keys, self.cache.values, strict=True)
+        ]
+        first = self.cache.keys[0]
+        blocks, kv_heads, _, head_dim = first.shape
+        format = native.FORMATS[_FORMAT_OF[first.dtype]]
+        return native.Cache(format, len(layers), blocks, kv_heads, head_dim, (native.LayerCache * len(layers))(*layers))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of all matrices of all graphs."""
+        return self._weights.bytes
+
+    def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
+        outline, ids = self.graphs[graph], self._token_ids[graph]
+        logits = torch.empty(len(rows), outline.head.shape[0])
+        self._run(graph, batch, rows, logits.data_ptr(), None)
+        if ids is None:
+            return logits
+        full = torch.full((len(rows), outline.spec.vocabulary), -torch.inf)
+        full[:, ids] = logits
+        return full
+
+    def summarise(self, graph: str, batch: Batch, rows: list[int]) -> list[native.Summary]:
+        """As `forward`, but of each row only what a greedy caller needs: the best id (the lowest of equals), its
+        probability at temperature 1, the gap to the next best logit, and the entropy in nats."""
+        summaries = (native.Summary * len(rows))()
+        self._run(graph, batch, rows, None, ctypes.addressof(summaries))
+        return list(summaries)
+
+    def _run(self, graph: str, batch: Batch, rows: list[int], logits: int | None, summaries: int | None) -> None:
+        described, _borrowed = _describe_batch(batch)
+        wanted = (ctypes.c_int32 * len(rows))(*rows)
+        number = self._numbers[graph]
+        native.check(self._library.st_forward(self._handle, number, described, wanted, len(rows), logits, summaries))
+
+    def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
+        sequences, most = len(plan.limits), max(map(_most, plan.limits))
+        vocabulary = self.graphs[graph].spec.vocabulary
+        described, _borrowed = _describe_batch(batch)
+        samplers, _histories = zip(*map(_describe_sampler, plan.samplers), strict=True)
+        limits = (native.Limits(limit.held, limit.emitted, limit.room, limit.threshold) for limit in plan.limits)
+        counts, tokens = np.empty(sequences, np.int32), np.empty((sequences, most), np.int64)
+        confidence, q = np.empty((sequences, most), np.float32), self._q(graph, sequences * most * vocabulary)
+        results = (*(array.ctypes.data for array in (counts, tokens, confidence)), q.data_ptr())
+        native.check(
+            self._library.st_draft(
+                self._handle,
+                self._numbers[graph],
+                described,
+                (native.Sampler * sequences)(*samplers),
+                (native.Limits * sequences)(*limits),
+                _describe_rule(plan.rule),
+                most,
+                *results,
+            )
+        )
+        rows = q[: sequences * most * vocabulary].view(sequences, most, vocabulary)
+        return [
+            Draft(tokens[s, :n].tolist(), confidence[s, :n].tolist(), None if plan.samplers[s].greedy else rows[s, :n])
+            for s, n in enumerate(counts)
+        ]
+
+    def _q(self, graph: str, size: int) -> Tensor:
+        """Room for a draft's distributions, float32 [size or more], the same from draft to draft."""
+        if graph not in self._rooms or len(self._rooms[graph]) < size:
+            self._rooms[graph] = torch.empty(size)
+        return self._rooms[graph]
+
+    def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
+        described, _history = _describe_sampler(sampler)
+        rows, vocabulary = logits.shape
+        between = np.asarray(drafts, dtype=np.int64)
+        native.check(
+            self._library.st_process(self._handle, logits.data_ptr(), rows, between.ctypes.data, vocabulary, described)
+        )
+        return logits
+
+    def verify(self, logits: Tensor, q: Tensor | None, drafts: Sequence[int], sampler: Sampler) -> list[int]:
+        described, _history = _describe_sampler(sampler)
+        held, token = np.asarray(drafts, dtype=np.int64), ctypes.c_int64()
+        standing = native.check(
+            self._library.st_verify(
+                self._handle,
+                logits.data_ptr(),
+                None if q is None else q.data_ptr(),
+                held.ctypes.data,
+                len(held),
+                logits.shape[1],
+                described,
+                token,
+            )
+        )
+        return [*drafts[:standing], token.value]
