@@ -1,47 +1,32 @@
-"""The Runner contract and its torch implementation: one full-model or subgraph pass over a ragged batch.
+"""The Runner contract and its torch implementation: full-model or subgraph passes over a ragged batch.
 
-Everything the engine does to a model goes through `forward` and `draft`. The full model is the graph named `full`; a
-subgraph is named by its class.
+Everything the engine does to a model goes through a runner. The full model is the graph named `full`; a subgraph is
+named by its class. Sampling belongs to the runner: draft and full model must shape and draw with the same arithmetic,
+and a native runner does it where the logits are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from strace.decoder import Decoder
+from strace.draft import Draft, Drafting, DraftPlan
 from strace.kv import Batch, KVCache, PagedAttend
+from strace.sampling import Sampler, verify
 
 FULL = "full"
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What one draft step gave for S sequences: ids [S] drawn, `q` float32 [S, vocabulary] they were drawn from, and
-    the draft's confidence [S] before the draw (its top-1 probability at temperature 1, corrected for a short head)."""
-
-    ids: list[int]
-    q: Tensor
-    confidence: list[float]
-
-
-class Drafter(Protocol):
-    """Sampling and stop rule of a draft, kept out of the runner so that a native one can take them over."""
-
-    def draw(self, rows: Tensor, confidence: list[float], alive: list[int]) -> Drawn:
-        """Draw one token for each sequence still `alive` (numbers in the batch) from its float32 logits [len(alive),
-        V]."""
-
-    def survivors(self, alive: list[int]) -> list[int]:
-        """Which of the `alive` sequences shall draw another token."""
-
-
 class Runner(Protocol):
-    """Runs graphs over one shared KV cache."""
+    """Runs graphs over one shared KV cache. name, isa: which runner, and the instruction set of its kernels."""
 
+    name: str
+    isa: str
+    graphs: dict[str, Decoder]
     cache: KVCache
 
     def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
@@ -50,46 +35,68 @@ class Runner(Protocol):
         Ids outside a subgraph's short head get -inf.
         """
 
-    def draft(self, graph: str, batch: Batch, drafter: Drafter) -> None:
-        """Run the subgraph over the batch's pending tokens, then token by token while the drafter has survivors."""
+    def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
+        """Run the subgraph over the batch's pending tokens, then token by token while the plan has any sequence go on.
+
+        A draft's q is overwritten by the graph's next draft.
+        """
+
+    def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
+        """float32 [R, V]: the distributions that the tokens of R successive rows are drawn from; `drafts` lie between
+        them. The logits may be overwritten."""
+
+    def verify(self, logits: Tensor, q: Tensor | None, drafts: Sequence[int], sampler: Sampler) -> list[int]:
+        """`strace.sampling.verify` from the full model's logits, float32 [n + 1, V], which may be overwritten."""
 
 
 class TorchRunner:
     """The portable reference, in eager torch."""
 
+    name = "torch"
+
     def __init__(self, graphs: dict[str, Decoder], cache: KVCache) -> None:
         self.graphs = graphs
         self.cache = cache
+        self.isa = torch.backends.cpu.get_cpu_capability()
 
     @torch.inference_mode()
     def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
-        decoder = self.graphs[graph]
-        positions = batch.positions
-        device = decoder.embed.device
-        attend = PagedAttend(self.cache, batch, positions)
-        streams = decoder.streams(batch.tokens.to(device), positions.to(device), attend)
-        logits = decoder.logits(streams[torch.tensor(rows, dtype=torch.int64, device=streams.device)]).cpu()
+        decoder, logits = self.graphs[graph], self._run(graph, batch, rows).cpu()
         if decoder.token_ids is None:
             return logits
         full = torch.full((len(rows), decoder.spec.vocabulary), -torch.inf)
         full[:, decoder.token_ids] = logits
         return full
 
-    def draft(self, graph: str, batch: Batch, drafter: Drafter) -> None:
+    def _run(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
+        """Logits [len(rows), head rows] on the head's device."""
+        decoder, positions = self.graphs[graph], batch.positions
+        device = decoder.embed.device
+        attend = PagedAttend(self.cache, batch, positions)
+        streams = decoder.streams(batch.tokens.to(device), positions.to(device), attend)
+        return decoder.logits(streams[torch.tensor(rows, dtype=torch.int64, device=streams.device)])
+
+    @torch.inference_mode()
+    def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
         coverage = self.graphs[graph].coverage
-        alive = list(range(len(batch.counts)))
+        drafting = [Drafting(*each, plan.rule) for each in zip(plan.samplers, plan.limits, strict=True)]
+        alive = list(range(len(drafting)))
         ends = [s + n for s, n in zip(batch.starts, batch.counts, strict=True)]
         rows = [sum(batch.counts[: i + 1]) - 1 for i in alive]
-        step = batch
+        step, drawn = batch, 0
         while alive:
             logits = self.forward(graph, step, rows)
             confidence = (logits.softmax(-1).amax(-1) * coverage).tolist()
-            drawn = drafter.draw(logits, confidence, alive)
-            kept = set(drafter.survivors(alive))
-            last = {i: token for i, token in zip(alive, drawn.ids, strict=True) if i in kept}
-            alive = list(last)
-            tables = batch.tables[alive]
-            step = Batch(torch.tensor(list(last.values())), [1] * len(alive), [ends[i] for i in alive], tables)
-            for i in alive:
-                ends[i] += 1
-            rows = list(range(len(alive)))
+            last = {i: drafting[i].draw(row, sure) for i, row, sure in zip(alive, logits, confidence, strict=True)}
+            drawn += len(alive)
+            alive = [i for i in alive if drafting[i].goes_on(len(last), drawn)]
+            starts = [ends[i] + len(drafting[i].tokens) - 1 for i in alive]
+            tokens = torch.tensor([last[i] for i in alive], dtype=torch.int64)
+            step, rows = Batch(tokens, [1] * len(alive), starts, batch.tables[alive]), list(range(len(alive)))
+        return [each.draft for each in drafting]
+
+    def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
+        return sampler.process(logits, drafts)
+
+    def verify(self, logits: Tensor, q: Tensor | None, drafts: Sequence[int], sampler: Sampler) -> list[int]:
+        return verify(sampler.process(logits, drafts), q, drafts, sampler.noise, sampler.position)

@@ -2,8 +2,9 @@
 
 Randomness is counter-based: a number depends only on (seed, position, purpose), never on what else ran. With a seed in
 the request every path takes `argmax(log p + Gumbel(seed, position))` (arXiv:2408.07978), so speculation cannot change
-the text. Without one, drafts are accepted with probability min(1, p/q) and a rejected one is replaced from the
-residual, so the law of the text is the full model's (arXiv:2211.17192).
+the text. Without one, a token is where the cumulative sum reaches one uniform number; drafts are accepted with
+probability min(1, p/q) and a rejected one is replaced from the residual, so the law of the text is the full model's
+(arXiv:2211.17192). `strace/native/sampling.cpp` is the same in C++.
 """
 
 from __future__ import annotations
@@ -45,18 +46,40 @@ class Noise:
     """
 
     def __init__(self, seed: int, shared: bool) -> None:
-        self._key = seed % 2**64
+        self.key = seed % 2**64
         self.shared = shared
 
     def uniform(self, position: int, purpose: Purpose, count: int = 1) -> np.ndarray:
         """float64 [count] in [0, 1) of a token position (Philox, counter (0, 0, purpose, position))."""
-        generator = np.random.Philox(key=self._key, counter=[0, 0, int(purpose), position])
+        generator = np.random.Philox(key=self.key, counter=[0, 0, int(purpose), position])
         return np.random.Generator(generator).random(count)
 
     def gumbel(self, position: int, purpose: Purpose, count: int) -> Tensor:
-        """float32 [count] standard Gumbel numbers."""
+        """float64 [count] standard Gumbel numbers."""
         u = torch.from_numpy(self.uniform(position, purpose, count))
-        return -(-u.clamp_min(1e-300).log()).clamp_min(1e-300).log().float()
+        return -(-u.clamp_min(1e-300).log()).log()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next tokens of one sequence are drawn.
+
+    position: of the next one. history: the tokens generated before it, if penalties count them.
+    """
+
+    params: SamplingParams
+    noise: Noise
+    position: int
+    history: Sequence[int] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0
+
+    def process(self, logits: Tensor, drafts: Sequence[int] = ()) -> Tensor:
+        """float32 [R, V]: `process` of the rows before each of `drafts` and after the last, or of as many as there are
+        logits."""
+        return process(logits, [[*self.history, *drafts[:i]] for i in range(len(logits))], self.params)
 
 
 def process(rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingParams) -> Tensor:
@@ -93,10 +116,15 @@ def _truncate(rows: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(p: Tensor, noise: Noise, position: int, purpose: Purpose) -> int:
-    """One token from a distribution float32 [V]: argmax of log p + Gumbel."""
+    """One token from a distribution float32 [V]: argmax of log p + Gumbel where the noise is shared, else the token at
+    which the cumulative sum reaches a uniform share of the whole."""
     if int(torch.count_nonzero(p)) == 1:
         return int(p.argmax())
-    return int((p.log() + noise.gumbel(position, purpose, len(p))).argmax())
+    if noise.shared:
+        return int((p.double().log() + noise.gumbel(position, purpose, len(p))).argmax())
+    reached = p.double().cumsum(0)
+    # 1 - u lies in (0, 1]: it is always reached, and by a token that is possible.
+    return int(torch.searchsorted(reached, (1 - noise.uniform(position, purpose)[0]) * reached[-1]))
 
 
 def draw_draft(q: Tensor, noise: Noise, position: int) -> int:
@@ -122,32 +150,30 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return excess / total if total > 0 else p
 
 
-def accepts(p: Tensor, q: Tensor, token: int, noise: Noise, position: int) -> bool:
-    """Whether a draft `token`, drawn from q, stands as a draw from p (both float32 [V]).
-
-    Greedy needs no case of its own: its p is one-hot, so only the arg max survives.
-    """
-    if noise.shared:
+def accepts(p: Tensor, q: Tensor | None, token: int, noise: Noise, position: int) -> bool:
+    """Whether a draft `token`, drawn from q (None: greedily), stands as a draw from p (both float32 [V])."""
+    if noise.shared or q is None:
         return draw_token(p, noise, position) == token
     return float(noise.uniform(position, Purpose.ACCEPT)[0]) < acceptance(p, q, token)
 
 
-def draw_residual(p: Tensor, q: Tensor, noise: Noise, position: int) -> int:
-    """The token that replaces a rejected draft; with a shared seed, the full model's own."""
-    if noise.shared:
+def draw_residual(p: Tensor, q: Tensor | None, noise: Noise, position: int) -> int:
+    """The token that replaces a rejected draft; greedily or with a shared seed, the full model's own."""
+    if noise.shared or q is None:
         return draw_token(p, noise, position)
     return draw(residual(p, q), noise, position, Purpose.RESIDUAL)
 
 
-def verify(p: Tensor, q: Tensor, drafts: Sequence[int], noise: Noise, position: int) -> list[int]:
+def verify(p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int) -> list[int]:
     """Settle a block of drafts: the accepted ones and one more token, the full model's.
 
     p: float32 [n + 1, V], the full model's processed rows before each draft and after the last. q: float32 [n, V], the
-    processed rows the drafts were drawn from. position: of the first draft.
+    processed rows the drafts were drawn from, or None where the temperature is 0. position: of the first draft.
     """
     for i, token in enumerate(drafts):
-        if not accepts(p[i], q[i], token, noise, position + i):
-            return [*drafts[:i], draw_residual(p[i], q[i], noise, position + i)]
+        row = None if q is None else q[i]
+        if not accepts(p[i], row, token, noise, position + i):
+            return [*drafts[:i], draw_residual(p[i], row, noise, position + i)]
     return [*drafts, draw_token(p[len(drafts)], noise, position + len(drafts))]
 
 

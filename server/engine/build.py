@@ -8,25 +8,17 @@ from pathlib import Path
 
 import torch
 
-from server.engine.cost import measure_costs
+from server.engine.cost import measure_start
 from server.engine.engine import Chooser, Engine, Limits
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
-from strace.checkpoint import (
-    EMBEDDED,
-    BadCheckpoint,
-    Checkpoint,
-    embedded_folder,
-    load_decoder,
-    open_checkpoint,
-    quantise_decoder,
-)
-from strace.classes import POOLED, Classifier
+from strace.checkpoint import BadCheckpoint, Checkpoint, load_decoder, open_checkpoint
+from strace.classes import Classifier
 from strace.decoder import Decoder
-from strace.kv import BLOCK, block_bytes, make_cache
-from strace.runner import FULL, TorchRunner
-from strace.subgraph import load_subgraphs
+from strace.graphs import choose_dtype, choose_folder, load_drafts, make_runner
+from strace.kv import BLOCK, block_bytes
+from strace.runner import FULL
 
 _MEMORY_SHARE = 0.25  # of the memory still free once the weights are loaded: what the cache takes unless told otherwise
 
@@ -36,6 +28,7 @@ class Placement:
     """Where and how the full model runs.
 
     dtype: fp32, bf16 or auto, which is bf16 where the device computes in it. kv_memory: of the cache, in bytes.
+    compile: whether the torch runner's steps are; on, off or auto, which is on on CUDA.
     """
 
     device: str = "cpu"
@@ -43,6 +36,7 @@ class Placement:
     context: int | None = None
     max_memory: dict[int | str, int | str] | None = None
     kv_memory: int | None = None
+    compile: str = "auto"
 
 
 def build_engine(
@@ -60,64 +54,33 @@ def build_engine(
 
     Raises:
         BadCheckpoint, UnsupportedModel, BadSubgraph: see strace.checkpoint, strace.families, strace.subgraph.
-        ValueError: for an unknown dtype, or memory that does not hold one block of the cache.
+        ValueError: for an unknown dtype, a device that cannot compile, or memory that does not hold one block of the
+            cache.
     """
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
-    full = load_decoder(checkpoint, choose_dtype(where), where.device, where.max_memory)
-    drafts, chooser = _load_drafts(checkpoint, full, _find_subgraphs(model, subgraphs))
+    full = load_decoder(checkpoint, choose_dtype(where.device, where.dtype), where.device, where.max_memory)
+    folder = choose_folder(model, subgraphs)
+    drafts = load_drafts(checkpoint, full, folder)
+    chooser: Chooser | None = None if folder is None else Classifier.load(folder)
     tokenizer = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
     if tokenizer is None:
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
     blocks = count_blocks(full, where.kv_memory, options.max_running)
-    runner = TorchRunner({FULL: full, **drafts}, make_cache(full.spec, blocks, full.dtype, full.devices or None))
+    runner = make_runner({FULL: full, **drafts}, blocks, compile=where.compile)
     engine = Engine(
         runner,
         tokenizer,
         checkpoint.stop_ids,
         drafts=drafts,
         limits=Limits(full.spec.context, full.spec.vocabulary),
-        cost=measure_costs(runner, drafts),
+        cost=measure_start(runner, checkpoint.weight_hash),
         chooser=chooser,
         observer=observer,
         options=options,
         worker=worker,
     )
     return engine, checkpoint
-
-
-def choose_dtype(placement: Placement) -> str:
-    """The format of the full model's matrices."""
-    if placement.dtype != "auto":
-        return placement.dtype
-    return "bf16" if placement.device not in ("cpu", "auto") or _native_bf16() else "fp32"
-
-
-def _native_bf16() -> bool:
-    """Whether this CPU multiplies in bf16; emulated, it is slower than fp32. /proc/cpuinfo exists on Linux only."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
-
-
-def _find_subgraphs(model: str, subgraphs: Path | None) -> Path | None:
-    """The folder asked for; the embedded model brings its own."""
-    shipped = embedded_folder() / "subgraphs"
-    return shipped if subgraphs is None and model == EMBEDDED and shipped.is_dir() else subgraphs
-
-
-def _load_drafts(
-    checkpoint: Checkpoint, full: Decoder, subgraphs: Path | None
-) -> tuple[dict[str, Decoder], Chooser | None]:
-    """The graphs that draft, by class, and what chooses among them; `pooled` is the whole model in int4 by default."""
-    drafts: dict[str, Decoder] = {}
-    chooser: Chooser | None = None
-    if subgraphs is not None:
-        drafts = load_subgraphs(subgraphs, checkpoint, full)
-        chooser = Classifier.load(subgraphs)
-    if POOLED not in drafts:
-        drafts[POOLED] = quantise_decoder(full, "int4")
-    return drafts, chooser
 
 
 def count_blocks(full: Decoder, kv_memory: int | None, max_running: int) -> int:

@@ -4,19 +4,28 @@ passes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from strace.kv import BLOCK, Batch
-from strace.runner import FULL, Drawn, Runner
+from strace.costs import (
+    TYPICAL,
+    Case,
+    Cost,
+    describe_setting,
+    draw_curve,
+    list_cases,
+    list_drafts,
+    load_table,
+    measure_costs,
+    text_limit,
+)
+from strace.draft import extrapolate
+from strace.runner import FULL, Runner
 
 POINTS = (1, 2, 4, 8)
 _TABLE = 64  # passes over more tokens are extrapolated
-_STEPS = 3  # draft steps timed in one call
+_BUDGET = 1.5  # seconds of measuring at start, exceeded only where three rounds take longer
 _RATE = 0.05  # weight of one live pass, once there were some
 _FASTER = 0.25  # weight of one that was faster than expected: other load only ever adds, so the model was wrong
 _WILD = 2.0  # how far a slow pass is believed: a hiccup is no trend
@@ -35,12 +44,16 @@ class CostModel:
         self._level = dict.fromkeys(measured, 1.0)
         self._seen = dict.fromkeys(measured, 0)
 
+    def table(self, graph: str) -> np.ndarray:
+        """float64: seconds of one pass over so many tokens; `strace.draft.extrapolate` gives those beyond it."""
+        return self._tables[graph] * self._factor(graph)
+
     def seconds(self, graph: str, tokens: int) -> float:
         """One pass over `tokens`; of the full model at one token per sequence, this is the full step."""
-        table = self._tables[graph]
-        beyond = max(0, tokens - _TABLE)
-        level = self._level[FULL] if graph == FULL else self._level[FULL] * self._level[graph]
-        return level * (table[tokens - beyond] + beyond * (table[_TABLE] - table[_TABLE - 1]))
+        return self._factor(graph) * extrapolate(self._tables[graph], tokens)
+
+    def _factor(self, graph: str) -> float:
+        return self._level[FULL] if graph == FULL else self._level[FULL] * self._level[graph]
 
     def observe(self, graph: str, passes: Iterable[int], seconds: float) -> None:
         """Learn from live passes over so many tokens each, which took `seconds` together."""
@@ -59,65 +72,29 @@ class CostModel:
         return self.seconds(FULL, tokens) / self.seconds(FULL, 1)
 
 
-def _interpolate(points: dict[int, float]) -> list[float]:
+def _interpolate(points: dict[int, float]) -> np.ndarray:
     """Seconds for 0.._TABLE tokens: linear between the points, never falling, the last slope going on."""
     known = sorted(points)
     values = np.maximum.accumulate([points[n] for n in known])
     slope = (values[-1] - values[-2]) / (known[-1] - known[-2])
     counts = np.arange(_TABLE + 1)
-    inside = np.interp(counts, known, values)
-    return [float(x) for x in inside + np.maximum(counts - known[-1], 0) * slope]
+    return np.interp(counts, known, values) + np.maximum(counts - known[-1], 0) * slope
 
 
-class _Steps:
-    """A drafter that takes the best token, for a given number of steps."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def draw(self, rows: Tensor, confidence: list[float], alive: list[int]) -> Drawn:
-        return Drawn(rows.argmax(1).tolist(), rows, confidence)
-
-    def survivors(self, alive: list[int]) -> list[int]:
-        self._left -= 1
-        return alive if self._left else []
+def measure_start(runner: Runner, weight_hash: str) -> CostModel:
+    """The cost model to start with: from the table that `strace-llm measure` kept for this very runner, else measured
+    now, in about `_BUDGET` seconds."""
+    table = load_table(describe_setting(runner, weight_hash))
+    if table is not None:
+        return make_model(table.costs)
+    return make_model(measure_costs(runner, list_drafts(runner), list_start(text_limit(runner)), budget=_BUDGET))
 
 
-def measure_costs(
-    runner: Runner, drafts: Iterable[str], budget: float = 1.5, clock: Callable[[], float] = time.perf_counter
-) -> CostModel:
-    """Time the runner's passes as they alternate in serving: a few draft steps, then one full pass.
-
-    Of several times the least is taken: what disturbs a pass only adds, and c and v are ratios of undisturbed passes.
-    Writes over the cache's first blocks, so nothing may be stored there yet. budget: seconds, exceeded only where two
-    rounds take longer.
-    """
-    graphs = list(drafts)
-    samples: dict[str, dict[int, list[float]]] = {g: {n: [] for n in POINTS} for g in (FULL, *graphs)}
-    _round(runner, graphs, {g: {n: [] for n in POINTS} for g in samples}, clock)
-    start, rounds = clock(), 0
-    while rounds < 2 or clock() - start < budget:
-        _round(runner, graphs, samples, clock)
-        rounds += 1
-    return CostModel({g: {n: min(times) for n, times in by_n.items()} for g, by_n in samples.items()})
+def make_model(costs: Sequence[Cost]) -> CostModel:
+    """The model of all graphs that were measured, at a typical context."""
+    return CostModel({graph: draw_curve(costs, graph) for graph in {cost.graph for cost in costs}})
 
 
-def _round(
-    runner: Runner, graphs: list[str], samples: dict[str, dict[int, list[float]]], clock: Callable[[], float]
-) -> None:
-    for n in POINTS:
-        for graph in graphs:
-            begun = clock()
-            runner.draft(graph, _dummy([1] * n, runner.cache.blocks), _Steps(_STEPS))
-            samples[graph][n].append((clock() - begun) / _STEPS)
-        begun = clock()
-        runner.forward(FULL, _dummy([n], runner.cache.blocks), list(range(n)))
-        samples[FULL][n].append(clock() - begun)
-
-
-def _dummy(counts: list[int], blocks: int) -> Batch:
-    """Sequences of token 0 at the start of the cache; they share blocks, for only the time counts."""
-    width = min(blocks, 2)
-    tables = torch.arange(width).repeat(len(counts), 1)
-    start = width * BLOCK - max(counts) - _STEPS
-    return Batch(torch.zeros(sum(counts), dtype=torch.int64), counts, [start] * len(counts), tables)
+def list_start(limit: int) -> list[Case]:
+    """The cases that the model is drawn from: full passes over one text, draft steps of one text and of many."""
+    return [*list_cases(limit, (TYPICAL,), (1,), POINTS), *list_cases(limit, (TYPICAL,), (max(POINTS),), (1,))]

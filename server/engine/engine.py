@@ -28,10 +28,11 @@ from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Overloaded, Ran, Refused, Request
 from server.engine.sequence import Sequence, Times
 from server.engine.settle import settle
-from server.engine.speculation import Speculation, StepDrafter
+from server.engine.speculation import Speculation
 from server.engine.text import Text
 from server.engine.worker import Worker
 from strace.classes import POOLED
+from strace.draft import DraftLimits, DraftPlan, GainRule, count_alive
 from strace.kv import Batch
 from strace.runner import FULL, Runner
 from strace.sampling import Noise
@@ -109,8 +110,9 @@ class Engine:
         self.cost = cost
         self.observer: Observer = observer or Nobody()
         self.pool = BlockPool(runner.cache.blocks)
-        self.speculation = Speculation(cost, self.classes)
         self.runner, self._tokenizer, self._stop_ids = runner, tokenizer, frozenset(stop_ids)
+        always = self.options.draft_length is not None
+        self.speculation = Speculation(cost, self.classes, self._stop_ids, always)
         self._chooser = chooser
         self._seeds = random.Random(self.options.seed) if self.options.seed is not None else random.SystemRandom()
         self._waiting: deque[Sequence] = deque()
@@ -323,17 +325,31 @@ class Engine:
             if sequence.ran.mode != Mode.FULL:
                 by_graph.setdefault(sequence.ran.class_name, []).append(sequence)
         for graph, sequences in by_graph.items():
-            drafter = StepDrafter(self.speculation, graph, sequences, planned, len(decoding), self.options)
-            if not drafter.sequences:
-                continue
-            begun = time.perf_counter()
-            self.runner.draft(graph, _batch({s: s.ids[s.verified :] for s in drafter.sequences}), drafter)
-            self.cost.observe(graph, drafter.alive_at, time.perf_counter() - begun)
-            planned = drafter.planned
+            rule = self.speculation.rule(graph, planned, len(decoding))
+            limits = {s: s.limits(self.options) for s in sequences}
+            limits = {s: limit for s, limit in limits.items() if self._starts(rule, limit, len(sequences))}
+            if limits:
+                plan = DraftPlan([s.sampler() for s in limits], list(limits.values()), rule)
+                planned += self._draft_with(graph, plan, list(limits))
+
+    def _starts(self, rule: GainRule, limits: DraftLimits, alive: int) -> bool:
+        """Whether a sequence shall draw at all."""
+        most = limits.left()
+        return most > 0 and (rule.pays(1.0, alive, 0, most) or self.speculation.probes())
+
+    def _draft_with(self, graph: str, plan: DraftPlan, sequences: list[Sequence]) -> int:
+        """Draw and book the drafts of one graph; how many tokens they add to the full pass."""
+        begun = time.perf_counter()
+        drafts = self.runner.draft(graph, _batch({s: s.ids[s.verified :] for s in sequences}), plan)
+        alive = count_alive(drafts)
+        self.cost.observe(graph, alive, time.perf_counter() - begun)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            sequence.book(draft)
+        return sum(alive)
 
     def _full_pass(self, decoding: list[Sequence], chunks: dict[Sequence, int]) -> dict[Sequence, Tensor]:
         """One full-model pass over everything; the rows [n, V] that each text needs to go on, none inside a prompt."""
-        tokens = {s: s.ids[s.verified :] + s.draft.held for s in decoding}
+        tokens = {s: s.ids[s.verified :] + s.held for s in decoding}
         wanted = {s: len(tokens[s]) for s in decoding}
         for sequence, count in chunks.items():
             tokens[sequence] = sequence.ids[sequence.verified : sequence.verified + count]
@@ -351,7 +367,7 @@ class Engine:
             sequence.verified += count
         for sequence, rows in logits.items():
             try:
-                judged = settle(sequence, rows)
+                judged = settle(sequence, rows, self.runner)
             except Exception as error:
                 logger.exception("request %s failed", sequence.request.id)
                 self._fail([sequence], error)

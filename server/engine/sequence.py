@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Request, Update
 from server.engine.text import Text
-from strace.sampling import Noise
+from strace.draft import Draft, DraftLimits
+from strace.sampling import Noise, Sampler
 
-
-@dataclass
-class Draft:
-    """What one step drew for a sequence, oldest first: tokens, the float32 rows [V] they were drawn from, confidences.
-
-    The first `emitted` of them are already part of the text; the others are held until the full model has settled them.
-    `survival` is the estimated probability that all held ones will stand.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    emitted: int = 0
-    survival: float = 1.0
-
-    @property
-    def held(self) -> list[int]:
-        return self.tokens[self.emitted :]
+_NOTHING = Draft([], [], None)
 
 
 @dataclass
@@ -45,7 +31,9 @@ class Sequence:
     """A request and its text so far.
 
     ids: prompt and continuation. verified: positions whose keys and values the full model wrote, for these very tokens.
-    Between steps everything but the last token is verified, or the prompt is still being read.
+    Between steps everything but the last token is verified, or the prompt is still being read. draft: what this step
+    drew; the first `emitted` of its tokens are already part of the text, the others are held until the full model has
+    settled them.
     """
 
     request: Request
@@ -60,7 +48,8 @@ class Sequence:
     verified: int = 0
     blocks: list[int] = field(default_factory=list)
     table: Tensor | None = None
-    draft: Draft = field(default_factory=Draft)
+    draft: Draft = _NOTHING
+    emitted: int = 0
     finish: str | None = None
     cancelled: bool = False
     _fresh: list[int] = field(default_factory=list)
@@ -72,60 +61,55 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         """Whether more than the one token that the next token follows from awaits the full model."""
-        return len(self.ids) - self.draft.emitted - self.verified > 1
+        return len(self.ids) - self.emitted - self.verified > 1
 
     @property
-    def length(self) -> int:
-        """Tokens of the text with the held drafts: the position of the next token to be drawn."""
-        return len(self.ids) + len(self.draft.tokens) - self.draft.emitted
+    def held(self) -> list[int]:
+        """Drafts that await the full model."""
+        return self.draft.tokens[self.emitted :]
 
     @property
     def most_tokens(self) -> int:
         """Length of the text when it is as long as it may become."""
         return len(self.request.prompt) + self.request.max_tokens
 
-    @property
-    def room(self) -> int:
-        """How many more drafts are of use: the full model itself adds the last token before the limit."""
-        return self.most_tokens - self.length - 1
+    def limits(self, options: Options) -> DraftLimits:
+        """Where this step's draft ends."""
+        caps = [limit for limit in (options.draft_length, self.request.max_draft) if limit is not None]
+        # The full model itself adds the last token before the limit.
+        room = self.most_tokens - len(self.ids) - 1
+        threshold = self.threshold if self.ran.mode == Mode.ROUTED else math.inf
+        return DraftLimits(min([options.max_draft, *caps]), min([options.run_limit, *caps]), room, threshold)
 
-    @property
-    def emitting(self) -> bool:
-        """Whether the next draft may be emitted unverified: in `routed`, while none is held."""
-        return self.ran.mode == Mode.ROUTED and self.draft.emitted == len(self.draft.tokens)
+    def sampler(self, back: int = 0) -> Sampler:
+        """How the next tokens are drawn, or those from `back` tokens ago."""
+        params, history, end = self.request.params, [], len(self.ids) - back
+        if params.presence_penalty or params.frequency_penalty:
+            history = self.ids[len(self.request.prompt) : end]
+        return Sampler(params, self.noise, end, history)
 
-    def histories(self, drafts: range) -> list[list[int]]:
-        """Per number of the step's drafts, the continuation with so many of them; empty if no penalty reads it."""
-        params = self.request.params
-        if not (params.presence_penalty or params.frequency_penalty):
-            return []
-        before = self.ids[len(self.request.prompt) : len(self.ids) - self.draft.emitted]
-        return [before + self.draft.tokens[:n] for n in drafts]
+    def book(self, draft: Draft) -> None:
+        """Take over a step's draft: in `routed` its sure tokens become part of the text at once, up to the first that
+        is not sure or would end the text. That one and all after it are held."""
+        self.draft, self.emitted = draft, 0
+        if self.ran.mode != Mode.ROUTED:
+            return
+        for token, confidence in zip(draft.tokens, draft.confidence, strict=True):
+            if confidence < self.threshold or self._ends(token):
+                break
+            self.emitted += 1
+            self.ran.unverified += 1
+            self.append(token, drafted=True)
 
-    def ends(self, token: int) -> bool:
+    def take_draft(self) -> tuple[Draft, int]:
+        """The step's draft and how many of it were emitted, for settling: nothing of it is left."""
+        draft, emitted = self.draft, self.emitted
+        self.draft, self.emitted = _NOTHING, 0
+        return draft, emitted
+
+    def _ends(self, token: int) -> bool:
         """Whether `token`, were it next, would end the text by itself."""
         return token in self.stop_ids or self.text.completes_stop(token)
-
-    def may_emit(self, token: int, confidence: float) -> bool:
-        """Whether a draft may be emitted unverified: a sure one, none held before it, that does not end the text."""
-        return self.emitting and confidence >= self.threshold and not self.ends(token)
-
-    def hold(self, token: int, row: Tensor, confidence: float, survival: float) -> None:
-        """Record a draft that awaits the full model; `survival` is the estimated probability that it will stand."""
-        self._record(token, row, confidence)
-        self.draft.survival *= survival
-
-    def emit(self, token: int, row: Tensor, confidence: float) -> None:
-        """Record a draft and make it part of the text at once."""
-        self._record(token, row, confidence)
-        self.draft.emitted += 1
-        self.ran.unverified += 1
-        self.append(token, drafted=True)
-
-    def _record(self, token: int, row: Tensor, confidence: float) -> None:
-        self.draft.tokens.append(token)
-        self.draft.rows.append(row)
-        self.draft.confidence.append(confidence)
 
     def append(self, token: int, drafted: bool) -> None:
         """Add a token to the text and see whether it ends it."""

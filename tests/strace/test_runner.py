@@ -15,7 +15,7 @@ from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.decoder import Attention, Decoder
 from strace.kv import BLOCK, Batch
 from strace.linear import Linear
-from strace.runner import FULL, Drawn, TorchRunner
+from strace.runner import FULL, TorchRunner
 from tests.tiny import keep_heads, make_runner, random_tokens, save_tiny, scatter_blocks
 
 KEPT: list[list[int] | None] = [[1], None, [0, 2]]
@@ -195,52 +195,6 @@ def test_a_short_head_gives_minus_infinity_elsewhere(full: Decoder) -> None:
     assert torch.allclose(short[:, ids], whole[:, ids], atol=1e-6)
     others = torch.ones(whole.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(ids), False)
     assert (short[:, others] == -torch.inf).all()
-
-
-@dataclass
-class Script:
-    """Draws the scripted tokens; sequence s leaves after depths[s] of them."""
-
-    tokens: list[list[int]]
-    depths: list[int]
-    rows: list[tuple[list[int], Tensor, list[float]]] = field(default_factory=list)
-
-    def draw(self, rows: Tensor, confidence: list[float], alive: list[int]) -> Drawn:
-        depth = len(self.rows)
-        self.rows.append((list(alive), rows.clone(), confidence))
-        return Drawn([self.tokens[s][depth] for s in alive], rows.softmax(-1), confidence)
-
-    def survivors(self, alive: list[int]) -> list[int]:
-        return [s for s in alive if len(self.rows) < self.depths[s]]
-
-
-@pytest.mark.parametrize("depths", [[3, 1, 5], [1, 1, 1], [2, 4, 4]])
-def test_draft_equals_forward_step_by_step(full: Decoder, graphs: dict[str, Decoder], depths: list[int]) -> None:
-    coverage, ids = 0.8, list(range(0, 300, 2))
-    graphs = graphs | {SUBGRAPH: shorten_head(graphs[SUBGRAPH], ids, coverage)}
-    verified, pending = [40, 31, 7], [1, 3, 2]
-    texts = [random_tokens(v + p, seed=v) for v, p in zip(verified, pending, strict=True)]
-    drawn = [random_tokens(6, seed=s).tolist() for s in range(3)]
-    runners = make_runner(graphs), make_runner(graphs)
-    tables = scatter_blocks([len(t) + 6 for t in texts], runners[0].cache.blocks)
-    for runner in runners:
-        for text, v, table in zip(texts, verified, tables, strict=True):
-            runner.forward(FULL, step(text[:v], 0, table), [0])
-    script = Script(drawn, depths)
-    tokens = torch.cat([text[v:] for text, v in zip(texts, verified, strict=True)])
-    runners[0].draft(SUBGRAPH, Batch(tokens, pending, verified, tables), script)
-
-    assert [alive for alive, _, _ in script.rows] == [
-        [s for s in range(3) if depths[s] > i] for i in range(max(depths))
-    ]
-    for s, (text, table) in enumerate(zip(texts, tables, strict=True)):
-        new, start = text[verified[s] :], verified[s]
-        for depth in range(depths[s]):
-            (wanted,) = runners[1].forward(SUBGRAPH, step(new, start, table), [len(new) - 1])
-            alive, rows, confidence = script.rows[depth]
-            assert (rows[alive.index(s)] - wanted)[ids].abs().max() <= 1e-5
-            assert confidence[alive.index(s)] == pytest.approx(wanted.softmax(-1).max().item() * coverage, abs=1e-5)
-            start, new = start + len(new), torch.tensor([drawn[s][depth]])
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -15,8 +15,8 @@ from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.decoder import Decoder, Layer
-from strace.kv import make_cache
-from strace.runner import FULL, Runner, TorchRunner
+from strace.graphs import make_runner as run_graphs
+from strace.runner import FULL, Runner
 from strace.sampling import SamplingParams
 from tests.tiny import make_tokenizer, save_tiny
 
@@ -68,8 +68,8 @@ def make_engine(
     )
 
 
-def make_runner(blocks: int = 64) -> TorchRunner:
-    return TorchRunner(graphs(), make_cache(load().spec, blocks, load().dtype))
+def make_runner(blocks: int = 64, kind: str = "torch") -> Runner:
+    return run_graphs(graphs(), blocks, kind)
 
 
 def make_request(

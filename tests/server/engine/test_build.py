@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.build import Placement, build_engine, choose_dtype, count_blocks
+from server.engine.build import Placement, build_engine, count_blocks
 from server.engine.options import Options
 from server.engine.request import Mode
 from strace.checkpoint import BadCheckpoint
@@ -43,8 +43,3 @@ def test_blocks_by_memory() -> None:
     assert count_blocks(load(), 10**12, 16) == 16 * 8
     with pytest.raises(ValueError, match="does not hold one block"):
         count_blocks(load(), size - 1, 16)
-
-
-def test_dtype() -> None:
-    assert choose_dtype(Placement(dtype="fp32")) == "fp32"
-    assert choose_dtype(Placement(device="cuda")) == "bf16"

@@ -1,16 +1,16 @@
-"""The cost model: its shape, its level, and how it is measured."""
+"""The cost model: its shape, its level, and where it starts."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
-from server.engine.cost import CostModel, measure_costs
-from strace.kv import Batch, KVCache
-from strace.runner import FULL, Drafter
+from server.engine.cost import CostModel, measure_start
+from strace.costs import Cost, CostTable, describe_setting, save_table
+from strace.runner import FULL
+from tests.server.engine.harness import make_runner
 
 
 def make_cost() -> CostModel:
@@ -55,36 +55,15 @@ def test_one_hiccup_is_no_trend() -> None:
     assert cost.seconds(FULL, 1) < 0.0106
 
 
-class Timed:
-    """A runner on a clock of its own; every fifth full pass is disturbed."""
-
-    def __init__(self) -> None:
-        self.now, self.passes = 0.0, 0
-        self.cache = KVCache([torch.zeros(4, 1, 1, 1)], [torch.zeros(4, 1, 1, 1)])
-
-    def clock(self) -> float:
-        return self.now
-
-    def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
-        assert max(s + n for s, n in zip(batch.starts, batch.counts, strict=True)) <= batch.tables.shape[1] * 32
-        self.passes += 1
-        self.now += 0.1 + 0.01 * len(batch.tokens) + (5.0 if self.passes % 5 == 0 else 0.0)
-        return torch.zeros(len(rows), 3)
-
-    def draft(self, graph: str, batch: Batch, drafter: Drafter) -> None:
-        alive = list(range(len(batch.counts)))
-        while alive:
-            self.now += 0.03
-            drafter.draw(torch.zeros(len(alive), 3), [1.0] * len(alive), alive)
-            alive = drafter.survivors(alive)
-
-
-def test_measured_in_alternation() -> None:
-    runner = Timed()
-    cost = measure_costs(runner, ["pooled"], budget=30.0, clock=runner.clock)
-    assert [cost.seconds(FULL, n) for n in (1, 2, 4, 8)] == pytest.approx([0.11, 0.12, 0.14, 0.18])
-    assert cost.seconds("pooled", 1) == pytest.approx(0.03)
-    assert 30 < runner.now < 60
+def test_a_kept_table_is_where_the_engine_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runner = make_runner()
+    costs = [Cost(graph, 1, n, 64, n * 10.0) for graph in runner.graphs for n in (1, 2)]
+    save_table(CostTable(describe_setting(runner, "these weights"), "today", 1e10, costs, {}))
+    assert measure_start(runner, "these weights").seconds(FULL, 2) == pytest.approx(20.0)
+    measured = measure_start(runner, "other weights")
+    assert 0 < measured.seconds(FULL, 1) <= measured.seconds(FULL, 8) < 1
+    assert 0 < measured.seconds("pooled", 1) <= measured.seconds("pooled", 8) < 1
 
 
 def test_a_start_beside_other_load_is_soon_forgotten() -> None:

@@ -35,7 +35,8 @@ def settled_length(c: float, verify: dict[int, float], acceptance: float) -> int
     drawn = 0
     for _ in range(400):
         drawn = 0
-        while drawn < LOTS and speculation.pays("pooled", acceptance**drawn, 1, 1 + drawn, 1, LOTS - drawn):
+        rule = speculation.rule("pooled", planned=1, batch=1)
+        while drawn < LOTS and rule.pays(acceptance**drawn, 1, drawn, LOTS - drawn):
             drawn += 1
         tokens = sum(acceptance**i for i in range(drawn + 1))
         seconds = drawn * speculation.cost.seconds("pooled", 1) + speculation.cost.seconds(FULL, drawn + 1)
@@ -53,28 +54,29 @@ def test_the_rule_finds_the_best_length(c: float, acceptance: float, verify: dic
 def test_a_jump_in_the_kernel_does_not_hide_that_more_would_pay() -> None:
     jump = {1: 1.0, 2: 1.9, 8: 2.0}
     speculation = make_speculation(0.05, jump, 0.9)
-    assert not speculation.pays("pooled", 1.0, 1, 1, 1, most=1)
-    assert speculation.pays("pooled", 1.0, 1, 1, 1, most=8)
+    rule = speculation.rule("pooled", planned=1, batch=1)
+    assert not rule.pays(1.0, 1, 0, most=1)
+    assert rule.pays(1.0, 1, 0, most=8)
 
 
 def test_a_shared_draft_step_is_cheaper() -> None:
     speculation = make_speculation(0.9, {1: 1.0, 16: 1.0})
-    assert not speculation.pays("pooled", 1.0, alive=1, planned=1, batch=1, most=1)
-    assert speculation.pays("pooled", 1.0, alive=8, planned=8, batch=1, most=1)
+    assert not speculation.rule("pooled", planned=1, batch=1).pays(1.0, alive=1, drawn=0, most=1)
+    assert speculation.rule("pooled", planned=8, batch=1).pays(1.0, alive=8, drawn=0, most=1)
 
 
 def test_batches_are_judged_by_their_own_rate() -> None:
     """Eight texts at once gain eight times the tokens per step already: a draft must beat that."""
     speculation = make_speculation(0.2, {1: 1.0, 16: 1.0})
-    assert speculation.pays("pooled", 1.0, alive=1, planned=1, batch=1, most=1)
-    assert not speculation.pays("pooled", 1.0, alive=1, planned=8, batch=8, most=1)
+    assert speculation.rule("pooled", planned=1, batch=1).pays(1.0, alive=1, drawn=0, most=1)
+    assert not speculation.rule("pooled", planned=8, batch=8).pays(1.0, alive=1, drawn=0, most=1)
 
 
 def test_a_step_is_never_faster_than_its_full_pass() -> None:
     speculation = make_speculation(0.1, {1: 1.0, 8: 1.0})
     for _ in range(500):
         speculation.paced(3, 1, 1e-6)
-    assert speculation.pays("pooled", 1.0, 1, 1, 1, 1)
+    assert speculation.rule("pooled", planned=1, batch=1).pays(1.0, 1, 0, 1)
 
 
 def test_calibration_follows_the_evidence() -> None:
@@ -82,13 +84,13 @@ def test_calibration_follows_the_evidence() -> None:
     for _ in range(300):
         calibration.judge(0.95, 1.0)
         calibration.judge(0.15, 0.0)
-    assert calibration.acceptance(0.97) > 0.98
-    assert calibration.acceptance(0.12) < 0.05
-    assert calibration.acceptance() == pytest.approx(0.5, abs=0.02)
-    assert calibration.acceptance(0.55) == pytest.approx(0.8)
+    assert calibration.acceptance[9] > 0.98
+    assert calibration.acceptance[1] < 0.05
+    assert calibration.acceptance[-1] == pytest.approx(0.5, abs=0.02)
+    assert calibration.acceptance[5] == pytest.approx(0.8)
     for _ in range(300):
         calibration.judge(0.95, 0.0)
-    assert calibration.acceptance(1.0) < 0.1
+    assert calibration.acceptance[9] < 0.1
 
 
 def test_probes_are_rare_but_come() -> None:

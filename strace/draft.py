@@ -1,0 +1,164 @@
+"""A draft as data: how each sequence's tokens are drawn, where its draft ends, and the rule for drawing another.
+
+Every runner runs the same `DraftPlan`: the torch runner with `Drafting` below, the native one in native/draft.cpp.
+Whether another token is drawn may depend on all drawn before; whether one counts as emitted or held reads its
+confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strace.sampling import Noise, Sampler, SamplingParams, draw_draft, process
+
+
+@dataclass(frozen=True)
+class DraftLimits:
+    """Where one sequence's draft ends: the most tokens held, the most emitted while none is held, the most of both.
+
+    threshold: a token of at least this confidence is emitted while none is held; above 1 none ever is.
+    """
+
+    held: int
+    emitted: int
+    room: int
+    threshold: float
+
+    def left(self, held: int = 0, emitted: int = 0) -> int:
+        """How many more tokens may be drawn after so many."""
+        emitting = held == 0 and self.threshold <= 1
+        return min(self.emitted - emitted if emitting else self.held - held, self.room - held - emitted)
+
+
+@dataclass(frozen=True)
+class GainRule:
+    """Whether another token pays: its expected tokens against what its time would bring at the rate now achieved.
+
+    full_seconds, draft_seconds: float64, one pass over so many tokens. tokens_per_second: now achieved. planned: tokens
+    of the coming full pass without drafts. acceptance: float64 [bins + 1], share of drafts that stand by the draft's
+    confidence, the last over all. stop_ids: int64, tokens that end the text. always: draw up to the limits, whatever it
+    brings.
+    """
+
+    full_seconds: np.ndarray
+    draft_seconds: np.ndarray
+    tokens_per_second: float
+    planned: int
+    acceptance: np.ndarray
+    stop_ids: np.ndarray
+    always: bool = False
+
+    def pays(self, survival: float, alive: int, drawn: int, most: int) -> bool:
+        """Whether a sequence shall draw another token.
+
+        survival: probability that all it holds stands. alive: sequences that share the draft step. drawn: tokens drawn
+        so far by all. most: tokens it may still draw. Looks ahead over all of these, because a kernel's jump from one
+        token to two must not hide that eight would pay.
+        """
+        if self.always:
+            return True
+        step = extrapolate(self.draft_seconds, alive) / alive
+        planned = self.planned + drawn
+        verified = extrapolate(self.full_seconds, planned)
+        gain, acceptance = 0.0, float(self.acceptance[-1])
+        for n in range(1, most + 1):
+            survival *= acceptance
+            gain += survival
+            extra = extrapolate(self.full_seconds, planned + n) - verified
+            if gain >= self.tokens_per_second * (n * step + extra):
+                return True
+        return False
+
+    def stands(self, confidence: float) -> float:
+        """The share of drafts of this confidence that stand."""
+        return float(self.acceptance[find_bin(confidence, len(self.acceptance) - 1)])
+
+
+def extrapolate(table: np.ndarray, n: int) -> float:
+    """Entry n, beyond the last one by the last slope."""
+    beyond = max(0, n - len(table) + 1)
+    return float(table[n - beyond] + beyond * (table[-1] - table[-2]))
+
+
+def find_bin(confidence: float, bins: int) -> int:
+    """Which of equal parts of 0..1 a confidence lies in."""
+    return min(int(confidence * bins), bins - 1)
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What a runner needs to draft on its own, per sequence of a batch, and for all."""
+
+    samplers: list[Sampler]
+    limits: list[DraftLimits]
+    rule: GainRule
+
+
+def plan_steps(sequences: int, steps: int) -> DraftPlan:
+    """So many greedy tokens for each sequence: for timing."""
+    nothing = np.zeros(2)
+    rule = GainRule(nothing, nothing, 0.0, 0, nothing, np.zeros(0, dtype=np.int64), always=True)
+    sampler = Sampler(SamplingParams(temperature=0.0), Noise(0, shared=False), 0)
+    return DraftPlan([sampler] * sequences, [DraftLimits(steps, 0, steps, np.inf)] * sequences, rule)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What was drawn for one sequence, oldest first.
+
+    confidence: before each draw, the draft's top-1 probability at temperature 1, corrected for a short head. q: float32
+    [n, V], the processed rows that the tokens were drawn from; None where the temperature is 0.
+    """
+
+    tokens: list[int]
+    confidence: list[float]
+    q: Tensor | None
+
+
+def count_alive(drafts: Sequence[Draft]) -> list[int]:
+    """How many sequences shared each step."""
+    return [sum(len(draft.tokens) > step for draft in drafts) for step in range(max(len(d.tokens) for d in drafts))]
+
+
+@dataclass
+class Drafting:
+    """One sequence's draft while the torch runner draws it."""
+
+    sampler: Sampler
+    limits: DraftLimits
+    rule: GainRule
+    tokens: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    emitted: int = 0
+    survival: float = 1.0
+
+    def draw(self, row: Tensor, confidence: float) -> int:
+        """Draw a token from float32 logits [V]."""
+        history = [*self.sampler.history, *self.tokens]
+        (q,) = process(row[None], [history], self.sampler.params)
+        token = draw_draft(q, self.sampler.noise, self.sampler.position + len(self.tokens))
+        sure = self.emitted == len(self.tokens) and confidence >= self.limits.threshold
+        self.tokens.append(token)
+        self.confidence.append(confidence)
+        self.rows.append(q)
+        if sure and token not in self.rule.stop_ids:
+            self.emitted += 1
+        else:
+            self.survival *= self.rule.stands(confidence)
+        return token
+
+    def goes_on(self, alive: int, drawn: int) -> bool:
+        """Whether to draw another; alive, drawn: as in `GainRule.pays`."""
+        most = self.limits.left(len(self.tokens) - self.emitted, self.emitted)
+        ended = self.tokens[-1] in self.rule.stop_ids
+        return not ended and most > 0 and self.rule.pays(self.survival, alive, drawn, most)
+
+    @property
+    def draft(self) -> Draft:
+        return Draft(self.tokens, self.confidence, None if self.sampler.greedy else torch.stack(self.rows))
