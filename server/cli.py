@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the model or the run failed, 2 wrong usage. Nothing the us
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +17,16 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from server import bench as benchmark
 from server import console
 from server.api.errors import ApiError
 from server.api.protocol import ChatRequest, CompletionRequest, Message, StraceOptions
-from server.config import Dtype, EngineConfig, ServeConfig
+from server.config import Compile, Dtype, EngineConfig, ServeConfig
 from server.engine.engine import StepFailed
 from server.engine.request import Mode
 from server.load import load_served
 from server.serve import serve as run_server
+from strace.classes import shipped_prompts
 from strace.cli import app as offline
 
 C = TypeVar("C", bound=EngineConfig)
@@ -56,6 +59,7 @@ Subgraphs = Annotated[Path | None, setting("subgraphs")]
 ModeFlag = Annotated[Mode | None, setting("mode")]
 DtypeFlag = Annotated[Dtype | None, setting("dtype")]
 Device = Annotated[str | None, setting("device")]
+CompileFlag = Annotated[Compile | None, setting("compile")]
 Context = Annotated[int | None, setting("context")]
 ClassFlag = Annotated[
     str | None, typer.Option("--class", help="prompt class; default: chosen by the prompt", show_default=False)
@@ -82,6 +86,7 @@ def serve(
     mode: ModeFlag = None,
     dtype: DtypeFlag = None,
     device: Device = None,
+    compile: CompileFlag = None,
     context: Context = None,
     served_model_name: Annotated[str | None, setting("served_model_name")] = None,
     api_key: Annotated[str | None, setting("api_key")] = None,
@@ -109,6 +114,7 @@ def generate(
     subgraphs: Subgraphs = None,
     dtype: DtypeFlag = None,
     device: Device = None,
+    compile: CompileFlag = None,
     context: Context = None,
 ) -> None:
     """Continue a prompt; the subgraph's and the full model's tokens in two colours, the speedup at the end."""
@@ -142,6 +148,7 @@ def chat(
     subgraphs: Subgraphs = None,
     dtype: DtypeFlag = None,
     device: Device = None,
+    compile: CompileFlag = None,
     context: Context = None,
 ) -> None:
     """Talk with a model, line by line."""
@@ -161,6 +168,32 @@ def chat(
             )
 
         console.converse(served, ask, Console(), Console(stderr=True))
+
+
+@app.command(epilog="Example: strace-llm bench ./my-model --rounds 12 --temperature 0 --json")
+def bench(
+    model: ModelArgument = None,
+    subgraphs: Subgraphs = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="folder of prompts by class, as `trace` reads it", show_default="those shipped")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="measured rounds, each of one prompt of every class")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="most tokens per text")] = 64,
+    temperature: Temperature = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    dtype: DtypeFlag = None,
+    device: Device = None,
+    compile: CompileFlag = None,
+    context: Context = None,
+) -> None:
+    """Measure full, exact and routed in one run, interleaved, on an otherwise idle machine."""
+    config = configure(EngineConfig, **locals())
+    with told():
+        found = benchmark.measure(config, prompts or shipped_prompts(), rounds, tokens, temperature)
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            benchmark.show(found, Console())
 
 
 def configure(kind: type[C], **flags: Any) -> C:
@@ -184,7 +217,7 @@ def told() -> Iterator[None]:
         yield
     except ApiError as error:
         fail(str(error), WRONG_USAGE)
-    except (ValueError, OSError, StepFailed) as error:
+    except (ValueError, OSError, StepFailed, benchmark.Busy) as error:
         fail(str(error), FAILED)
     except KeyboardInterrupt:
         fail("interrupted", 130)

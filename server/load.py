@@ -9,10 +9,11 @@ import torch
 
 from server.api.served import Served
 from server.config import EngineConfig, ServeConfig
-from server.engine.build import Placement, build_engine, choose_dtype
+from server.engine.build import Placement, build_engine
 from server.engine.options import Options
 from server.engine.worker import Worker
 from server.metrics import Metrics
+from strace.graphs import choose_dtype
 
 
 def load_served(config: EngineConfig) -> Served:
@@ -26,7 +27,7 @@ def load_served(config: EngineConfig) -> Served:
         raise ValueError(f"device {config.device!r} is not available on this machine")
     metrics = Metrics()
     kv_memory = None if config.kv_memory is None else config.kv_memory * 2**20
-    placement = Placement(config.device, config.dtype, config.context, kv_memory=kv_memory)
+    placement = Placement(config.device, config.dtype, config.context, kv_memory=kv_memory, compile=config.compile)
     worker = Worker()
     build = partial(
         build_engine,
@@ -40,7 +41,7 @@ def load_served(config: EngineConfig) -> Served:
     engine, checkpoint = worker.submit(build).result()
     name = config.name if isinstance(config, ServeConfig) else config.model
     metrics.watch(engine.stats)
-    metrics.info.labels(version("strace-llm"), name, choose_dtype(placement), config.device).set(1)
+    metrics.info.labels(version("strace-llm"), name, choose_dtype(config.device, config.dtype), config.device).set(1)
     return Served(
         name=name,
         engine=engine,

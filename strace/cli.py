@@ -1,4 +1,5 @@
-"""The offline commands: `trace`, `inspect` a folder of subgraphs, and those of `strace.paper`."""
+"""The offline commands: `trace`, `inspect` a folder of subgraphs, `measure` this machine, and those of
+`strace.paper`."""
 
 from __future__ import annotations
 
@@ -10,13 +11,30 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from strace.checkpoint import BadCheckpoint
+from strace.checkpoint import EMBEDDED, BadCheckpoint
 from strace.classes import BadPrompts
+from strace.costs import (
+    TYPICAL,
+    CostTable,
+    count_blocks,
+    describe_setting,
+    draw_curve,
+    dump_table,
+    list_cases,
+    load_table,
+    measure_table,
+    save_table,
+)
 from strace.families import UnsupportedModel
+from strace.gguf import NotConvertible, convert
+from strace.graphs import RUNNERS, make_runner, open_graphs
+from strace.linear import FORMATS as FULL_FORMATS
 from strace.paper import app as paper
+from strace.runner import FULL
 from strace.subgraph import BadSubgraph, Manifest, find_subgraphs, read_manifest
 from strace.trace import Options, trace
 
@@ -119,6 +137,157 @@ def inspect_command(
             console.print(Text(line), soft_wrap=True)
         accepted = " ".join(f"{a:.3f}" for a in manifest.measured.accepted)
         console.print(Text(f"  accepted at draft positions 1..8: {accepted}"), soft_wrap=True)
+
+
+@app.command("measure")
+def measure_command(
+    model: Annotated[str, typer.Argument(help="`embedded`, a Hugging Face folder, or a hub name.")] = EMBEDDED,
+    subgraphs: Annotated[
+        Path | None, typer.Option(help="Folder of subgraphs; the embedded model brings its own.")
+    ] = None,
+    runner: Annotated[str, typer.Option(help=f"What runs them: {', '.join(RUNNERS)}.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"Format of the full model: auto, {', '.join(FULL_FORMATS)}.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what was measured before.")] = False,
+) -> None:
+    """Measure what the steps of MODEL and its drafts cost on this machine, as they alternate in serving.
+
+    The table is kept; `serve` starts from it wherever hardware, threads, runner, versions and model are the same. Other
+    load on the machine spoils it.
+
+    Examples:
+
+        strace-llm measure
+
+        strace-llm measure ./my-model --subgraphs subgraphs --json | jq .bandwidth
+
+    Exit code 1: the model or its subgraphs cannot be used; 2: an option has no such value. The message says why.
+    """
+    for name, value, known in (("runner", runner, RUNNERS), ("dtype", dtype, ("auto", *FULL_FORMATS))):
+        if value not in known:
+            raise _fail(f"unknown {name} {value!r}; choose one of {', '.join(known)}", WRONG_USAGE)
+    try:
+        checkpoint, graphs = open_graphs(model, subgraphs, device, dtype)
+        served = make_runner(graphs, count_blocks(list_cases(graphs[FULL].spec.context)), runner)
+        setting = describe_setting(served, checkpoint.weight_hash)
+        table = None if refresh else load_table(setting)
+        if table is None:
+            with Progress(console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task("measuring", total=1.0)
+                table = measure_table(served, setting, lambda share: progress.update(task, completed=share))
+            save_table(table)
+    except (BadCheckpoint, UnsupportedModel, BadSubgraph, ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+    if as_json:
+        typer.echo(dump_table(table))
+    else:
+        _show_costs(table, Console())
+
+
+def _show_costs(table: CostTable, console: Console) -> None:
+    setting = table.setting
+    versions = ", ".join(f"{name} {number}" for name, number in setting.versions.items())
+    console.print(
+        Text(
+            f"{setting.processor}, {setting.device}, {setting.threads} threads, {setting.runner} runner "
+            f"({setting.isa}), {versions}; measured {table.date}; memory is read at {table.bandwidth / 1e9:.1f} GB/s"
+        ),
+        soft_wrap=True,
+    )
+    console.print(_tabulate_steps(table), _tabulate_full(table), _tabulate_drafts(table))
+    rates = (f"{n / seconds:,.0f} tokens/s over {n} tokens" for n, seconds in table.prefill.items())
+    console.print(Text(f"  prefill: {', '.join(rates)}"), soft_wrap=True)
+
+
+def _make_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("graph", "formats") else "right", no_wrap=True)
+    return table
+
+
+def _compare(seconds: float, unit: float) -> str:
+    """ms to three digits, and the ratio to `unit`."""
+    ms = seconds * 1e3
+    return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f} {seconds / unit:.2f}"
+
+
+def _tabulate_steps(table: CostTable) -> Table:
+    shown = _make_table(
+        f"One token of one text after {TYPICAL} tokens", "graph", "formats", "MB", "ms", "GB/s", "of reads", "c"
+    )
+    full = draw_curve(table.costs, FULL)[1]
+    for name, graph in table.setting.graphs.items():
+        seconds = draw_curve(table.costs, name)[1]
+        rate = graph.bytes_per_step / seconds
+        shown.add_row(
+            name,
+            graph.formats,
+            f"{graph.bytes_per_step / 1e6:.1f}",
+            f"{seconds * 1e3:.2f}",
+            f"{rate / 1e9:.1f}",
+            f"{rate / table.bandwidth:.0%}",
+            f"{seconds / full:.3f}",
+        )
+    return shown
+
+
+def _tabulate_full(table: CostTable) -> Table:
+    """ms of every full pass and v(n) over one token of the same texts."""
+    costs = [cost for cost in table.costs if cost.graph == FULL]
+    seconds = {(c.context, c.sequences, c.tokens): c.seconds for c in costs}
+    lengths = sorted({c.tokens for c in costs})
+    shown = _make_table("Full pass, ms and v(n), by tokens of each text", "after", "texts", *map(str, lengths))
+    for context, texts in sorted({(c.context, c.sequences) for c in costs}):
+        one = seconds[context, texts, 1]
+        row = [seconds.get((context, texts, n)) for n in lengths]
+        cells = ("" if s is None else _compare(s, one) for s in row)
+        shown.add_row(str(context), str(texts), *cells)
+    return shown
+
+
+def _tabulate_drafts(table: CostTable) -> Table:
+    """ms of every draft step, and c, over the full step of the same texts."""
+    seconds = {(c.graph, c.context, c.sequences): c.seconds for c in table.costs if c.tokens == 1}
+    texts = sorted({sequences for _, _, sequences in seconds})
+    shown = _make_table("Draft step, ms and c, by texts", "graph", "after", *map(str, texts))
+    for graph, context in sorted({(graph, context) for graph, context, _ in seconds if graph != FULL}):
+        row = [(seconds[graph, context, n], seconds[FULL, context, n]) for n in texts]
+        shown.add_row(graph, str(context), *(_compare(s, full) for s, full in row))
+    return shown
+
+
+@app.command("convert")
+def convert_command(
+    model: Annotated[str, typer.Argument(help="`embedded`, a Hugging Face folder, or a hub name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="GGUF file to write.")],
+) -> None:
+    """Write MODEL, of a Llama type, as one GGUF file for llama.cpp: weights as stored, and the tokenizer.
+
+    Needs the package `gguf`: pip install 'strace-llm[gguf]'.
+
+    Examples:
+
+        strace-llm convert embedded -o embedded.gguf
+
+        strace-llm convert ./my-model -o my-model.gguf
+
+    Exit code 1: the model cannot be read or llama.cpp would not run it as we do; the message says why.
+    """
+    try:
+        done = convert(model, output)
+    except (NotConvertible, BadCheckpoint, UnsupportedModel, OSError) as error:
+        raise _fail(str(error)) from error
+    console = Console(soft_wrap=True)
+    console.print(Text(f"{done.path}: {done.architecture}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB"))
+    if not done.same_words:
+        console.print(
+            Text(
+                f"note: llama.cpp has no rule that cuts text into words just as this tokenizer does; the nearest, "
+                f"{done.pre_tokenizer}, gives other ids to some text"
+            )
+        )
 
 
 def _tabulate(manifests: dict[str, Manifest]) -> Table:

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from strace.classes import SHARES, Classifier, Parts, Prompt, read_prompts, shipped_prompts, split_classes
+from strace.costs import TYPICAL, count_blocks, draw_curve, list_cases, measure_costs, name_processor
 from strace.decoder import Decoder
 from strace.flow import Flow, measure_flow
 from strace.head import count_tokens, measure_mass, rank_tokens, short_enough, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units
-from strace.measure import Acceptance, Costs, measure_acceptance, measure_costs, name_processor, predict_speedup
+from strace.kv import make_cache
+from strace.measure import Acceptance, measure_acceptance, predict_speedup
 from strace.repair import repair
+from strace.runner import FULL, TorchRunner
 from strace.subgraph import (
     MANIFEST,
     SCHEMA,
@@ -44,6 +47,7 @@ from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 # fewer.
 BUDGETS = {"fit": 16_384, "choose": 4_096, "report": 8_192}
 FLOW_TOKENS = 8_192
+LENGTHS = (1, 2, 4, 9)  # tokens of the full passes timed; 9 verifies the longest draft
 WORTH = 1.05  # a predicted speedup below this is not worth a subgraph
 
 
@@ -197,7 +201,7 @@ class Tracer:
         counts = count_tokens(fit, self.full.spec.vocabulary)
         head = Head(rank_tokens(mass, counts, special_ids(self.checkpoint)), mass)
         built = [self.build(name, plan, flow, head, material) for plan in self.list_plans(flow, head)]
-        costs = measure_costs(self.full, [b.subgraph for b in built])
+        costs = time_graphs(self.full, [b.subgraph for b in built])
         whole = full_bytes(self.full)
         tried = [Tried(b, _record(b, whole, c)) for b, c in zip(built, costs, strict=True)]
         for t in tried:
@@ -266,8 +270,29 @@ def _first(batches: Sequence[Texts], tokens: int) -> list[Texts]:
     return list(batches[:: max(1, total // tokens)])
 
 
+@dataclass(frozen=True)
+class Costs:
+    """A subgraph's step costs in full-model steps: c of a draft step, v(n) of a full pass over n tokens; `full_ms` is
+    the unit."""
+
+    c: float
+    v: dict[int, float]
+    full_ms: float
+
+
+def time_graphs(full: Decoder, subgraphs: Sequence[Decoder]) -> list[Costs]:
+    """The costs of each subgraph, all timed in turns; v(n) is the full model's and the same for all."""
+    drafts = {str(i): subgraph for i, subgraph in enumerate(subgraphs)}
+    cases = list_cases(full.spec.context, (TYPICAL,), (1,), LENGTHS)
+    cache = make_cache(full.spec, count_blocks(cases), full.dtype, full.devices or None)
+    costs = measure_costs(TorchRunner({FULL: full, **drafts}, cache), list(drafts), cases)
+    curve = draw_curve(costs, FULL)
+    v = {n: seconds / curve[1] for n, seconds in curve.items()}
+    return [Costs(draw_curve(costs, draft)[1] / curve[1], v, curve[1] * 1000) for draft in drafts]
+
+
 def _record(built: Built, whole: int, costs: Costs) -> Candidate:
-    speedup, length = predict_speedup(built.acceptance.accepted, costs)
+    speedup, length = predict_speedup(built.acceptance.accepted, costs.c, costs.v)
     return Candidate(
         plan=built.plan,
         bytes_share=built.subgraph.bytes_per_step / whole,
@@ -303,9 +328,12 @@ def _explain(best: Tried, tried: Sequence[Tried]) -> str:
 def describe_machine(full: Decoder) -> Machine:
     """The device, runner and torch that measurements of `full` are made with."""
     device = full.embed.device
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else name_processor()
     return Machine(
-        device=str(device), processor=processor, threads=torch.get_num_threads(), runner="torch", torch=version("torch")
+        device=str(device),
+        processor=name_processor(device),
+        threads=torch.get_num_threads(),
+        runner=TorchRunner.name,
+        torch=version("torch"),
     )
 
 

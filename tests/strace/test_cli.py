@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from strace import cli, measure, trace
+from strace import cli, costs, trace
 from strace.cli import app, draw_layers
 from strace.subgraph import MANIFEST, read_manifest
 from tests.strace.test_trace import write_prompts
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, prompts = str(save_tiny(here / "model")), str(write_prompts(here / "prompts"))
     args = ["trace", model, "--prompts", prompts, "-o", str(here / "out"), "--size", "0.25", "--classes", "digits"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "ROUNDS", 1)  # what the clock says is not checked here
+        patch.setattr(costs, "ROUNDS", 1)  # what the clock says is not checked here
         result = runner.invoke(app, args)
     assert result.exit_code == 0, result.output
     assert "digits: chosen" in result.output

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.head import measure_mass
 from strace.keep import Kept, slice_decoder
-from strace.measure import Costs, compare, measure_acceptance, measure_costs, predict_speedup
+from strace.measure import compare, measure_acceptance, predict_speedup
 from strace.sampling import total_variation
 from strace.texts import batch_texts
 from tests.tiny import random_tokens, save_tiny
@@ -53,22 +53,7 @@ def test_the_overlap_is_one_minus_total_variation(seed: int) -> None:
 
 @given(st.floats(0.1, 0.99), st.floats(0.05, 2.0), st.floats(0.0, 0.3))
 def test_the_prediction_is_the_formula_at_its_best_length(a: float, c: float, slope: float) -> None:
-    costs = Costs(c, {1: 1.0, 2: 1 + slope, 9: 1 + 8 * slope}, 1.0)
-    speedup, length = predict_speedup([a] * 8, costs)
+    speedup, length = predict_speedup([a] * 8, c, {1: 1.0, 9: 1 + 8 * slope, 2: 1 + slope})
     every = [(1 - a ** (k + 1)) / (1 - a) / (k * c + 1 + k * slope) for k in range(1, 9)]
     assert speedup == pytest.approx(max(every))
     assert every[length - 1] == pytest.approx(max(every))
-
-
-def test_costs_are_measured_in_full_steps(tmp_path: Path) -> None:
-    big = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512}
-    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path, **big))), "fp32")
-    none = torch.arange(0)
-    small = slice_decoder(full, Kept((none,) * 7 + (torch.arange(2),), (none,) * 8))
-    large, costs = measure_costs(full, [full, small], rounds=4)
-    assert set(costs.v) == {1, 2, 4, 8}
-    assert costs.v == large.v
-    assert costs.verify(1) == 1
-    assert costs.verify(3) == pytest.approx((costs.v[2] + costs.v[4]) / 2)
-    assert 0 < costs.c < 0.8 < large.c
-    assert costs.full_ms > 0

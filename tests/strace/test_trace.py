@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from strace import measure
+from strace import costs
 from strace import trace as pipeline
 from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
 from strace.classes import BadPrompts, Classifier
+from strace.keep import Kept, slice_decoder
 from strace.measure import measure_acceptance
 from strace.subgraph import MANIFEST, TENSORS, Manifest, load_subgraphs, read_manifest
 from strace.texts import batch_texts
@@ -35,7 +37,7 @@ Traced = tuple[Options, dict[str, Manifest]]
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "ROUNDS", 1)  # what the clock says is not checked here
+        patch.setattr(costs, "ROUNDS", 1)  # what the clock says is not checked here
         yield _trace(tmp_path_factory)
 
 
@@ -138,3 +140,16 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
     model = str(save_tiny(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"size 0\.001 allows 0\.00 MB per step: too little for attention and head"):
         trace(Options(model, tmp_path / "out", write_prompts(tmp_path / "prompts"), size=0.001), lambda line: None)
+
+
+def test_costs_are_in_full_steps(tmp_path: Path) -> None:
+    big = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512}
+    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path, **big))), "fp32")
+    none = torch.arange(0)
+    small = slice_decoder(full, Kept((none,) * 7 + (torch.arange(2),), (none,) * 8))
+    same, less = pipeline.time_graphs(full, [full, small])
+    assert set(less.v) == {1, 2, 4, 9}
+    assert less.v == same.v
+    assert less.v[1] == 1
+    assert 0 < less.c < 0.8 * same.c
+    assert less.full_ms > 0

@@ -1,0 +1,298 @@
+"""What passes cost on this machine: timed as they alternate in serving, and kept on disk by all that they depend on.
+
+The one source of c and v(n): tracing predicts speedups by it, the engine starts from it, `strace-llm measure` shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from strace.decoder import Decoder
+from strace.draft import plan_steps
+from strace.files import cache_folder, write_beside
+from strace.kv import BLOCK, Batch, KVCache
+from strace.linear import Linear
+from strace.runner import FULL, Runner
+
+TYPICAL = 192  # tokens of context at which c and v(n) are quoted
+CONTEXTS, SEQUENCES, LENGTHS = (64, 1024, 4096), (1, 4, 16), (1, 2, 4, 8, 16)
+PROMPTS = (128, 512)  # tokens of the prompts whose prefill is timed
+ROUNDS = 8
+_MOST = 64  # tokens of one pass
+_STEPS = 3  # draft steps timed in one call
+_QUANTILE = 0.25  # other load on the machine only ever adds time
+
+
+class Case(NamedTuple):
+    """A full pass over `tokens` of each of `sequences` texts, after `context` tokens of each."""
+
+    sequences: int
+    tokens: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one pass of `graph` over `tokens` of each of `sequences` texts, after `context` tokens of each."""
+
+    graph: str
+    sequences: int
+    tokens: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a graph reads for one token: the formats of its matrices, and all its bytes (KV not counted)."""
+
+    formats: str
+    bytes_per_step: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that costs depend on: a table holds only where all of this is the same."""
+
+    device: str
+    processor: str
+    threads: int
+    runner: str
+    isa: str
+    versions: dict[str, str]
+    weight_hash: str
+    dtype: str
+    graphs: dict[str, Graph]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The costs measured in a setting. bandwidth: bytes/s at which this machine reads memory. prefill: seconds of the
+    full model's pass over a prompt, by its tokens."""
+
+    setting: Setting
+    date: str
+    bandwidth: float
+    costs: list[Cost]
+    prefill: dict[int, float]
+
+
+def draw_curve(costs: Iterable[Cost], graph: str, context: int = TYPICAL) -> dict[int, float]:
+    """Seconds of one pass by tokens: of the full model over tokens of one text, of a draft over a token of each of so
+    many texts. Linear between the contexts measured."""
+    by_size: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for cost in costs:
+        if cost.graph == graph and (graph != FULL or cost.sequences == 1):
+            by_size[cost.sequences * cost.tokens].append((cost.context, cost.seconds))
+    seconds = {}
+    for n, points in by_size.items():
+        contexts, values = zip(*sorted(points), strict=True)
+        seconds[n] = float(np.interp(context, contexts, values))
+    return seconds
+
+
+def list_cases(
+    limit: int,
+    contexts: Iterable[int] = CONTEXTS,
+    sequences: Iterable[int] = SEQUENCES,
+    lengths: Sequence[int] = LENGTHS,
+) -> list[Case]:
+    """Every combination that is one pass; contexts are cut to what `limit` tokens of text leave room for."""
+    fitting = sorted({min(context, limit - max(lengths) - _STEPS) for context in contexts})
+    return [Case(s, n, c) for c in fitting for s in sequences for n in lengths if s * n <= _MOST]
+
+
+def measure_table(runner: Runner, setting: Setting, watch: Callable[[float], None] = lambda share: None) -> CostTable:
+    """Measure all there is to say of `runner`, which has a draft and an empty cache. watch: hears the share done."""
+    limit = text_limit(runner)
+    costs = measure_costs(runner, list_drafts(runner), list_cases(limit), watch=watch)
+    bandwidth = read_bandwidth(torch.device(setting.device))
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return CostTable(setting, date, bandwidth, costs, measure_prefill(runner, limit))
+
+
+@torch.inference_mode()
+def measure_costs(
+    runner: Runner,
+    drafts: Sequence[str],
+    cases: Sequence[Case],
+    rounds: int | None = None,
+    budget: float = math.inf,
+    watch: Callable[[float], None] = lambda share: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Cost]:
+    """Time `cases` in the alternation of serving: a few steps of one of the `drafts` (at least one), then one full
+    pass.
+
+    All cases and drafts take turns within a round, so that other load hits them alike, and lower quartiles over the
+    rounds are taken, because it only ever adds time. Writes over the cache's first blocks: nothing may be stored there
+    yet. rounds: default `ROUNDS`. budget: seconds after which no round is begun once there were two.
+    """
+    _fill(runner.cache, count_blocks(cases))
+    samples: dict[tuple[str, Case], list[float]] = defaultdict(list)
+    rounds, begun = rounds or ROUNDS, clock()
+    for turn in range(rounds + 1):
+        if turn > 2 and clock() - begun >= budget:
+            break
+        for number, case in enumerate(cases):
+            for key, seconds in _time_cycles(runner, drafts, case, clock):
+                if turn:  # the first round warms up
+                    samples[key].append(seconds)
+            watch((turn + (number + 1) / len(cases)) / (rounds + 1))
+    quantile = {key: float(np.quantile(times, _QUANTILE, method="lower")) for key, times in samples.items()}
+    return [Cost(graph, *case, seconds) for (graph, case), seconds in quantile.items()]
+
+
+def _time_cycles(
+    runner: Runner, drafts: Sequence[str], case: Case, clock: Callable[[], float]
+) -> Iterator[tuple[tuple[str, Case], float]]:
+    """Per draft: its steps, then the full pass."""
+    step = Case(case.sequences, 1, case.context)
+    block, first = _dummy(case, runner.cache.blocks), _dummy(step, runner.cache.blocks)
+    for graph in drafts:
+        begun = clock()
+        runner.draft(graph, first, plan_steps(case.sequences, _STEPS))
+        yield (graph, step), (clock() - begun) / _STEPS
+        begun = clock()
+        runner.forward(FULL, block, list(range(len(block.tokens))))
+        yield (FULL, case), clock() - begun
+
+
+@torch.inference_mode()
+def measure_prefill(runner: Runner, limit: int) -> dict[int, float]:
+    """Seconds of the full model's pass over a prompt, by its tokens: the best of a few."""
+    found = {}
+    for tokens in sorted({min(tokens, limit) for tokens in PROMPTS}):
+        times = []
+        for _ in range(_STEPS):
+            begun = time.perf_counter()
+            runner.forward(FULL, _dummy(Case(1, tokens, 0), runner.cache.blocks), [tokens - 1])
+            times.append(time.perf_counter() - begun)
+        found[tokens] = min(times)
+    return found
+
+
+def list_drafts(runner: Runner) -> list[str]:
+    """The runner's graphs that draft."""
+    return [graph for graph in runner.graphs if graph != FULL]
+
+
+def text_limit(runner: Runner) -> int:
+    """Tokens of the longest text that the model takes and the cache holds."""
+    return min(runner.graphs[FULL].spec.context, runner.cache.blocks * BLOCK)
+
+
+def count_blocks(cases: Iterable[Case]) -> int:
+    """Blocks of a cache in which every text of every case has its own."""
+    return max(case.sequences * _width(case) for case in cases)
+
+
+def _width(case: Case) -> int:
+    return -(-(case.context + case.tokens + _STEPS) // BLOCK)
+
+
+def _dummy(case: Case, blocks: int) -> Batch:
+    """Texts of token 0. They share blocks where the cache is too small for all, for only the time counts."""
+    tables = (torch.arange(case.sequences * _width(case)) % blocks).view(case.sequences, -1)
+    tokens = torch.zeros(case.sequences * case.tokens, dtype=torch.int64)
+    return Batch(tokens, [case.tokens] * case.sequences, [case.context] * case.sequences, tables)
+
+
+def _fill(cache: KVCache, blocks: int) -> None:
+    """Write to the first blocks: memory that never was written is one page of zeros, held by the processor's own
+    cache."""
+    for entries in (*cache.keys, *cache.values):
+        entries[:blocks].fill_(0.5)
+
+
+def read_bandwidth(device: torch.device | str = "cpu", megabytes: int = 1024, rounds: int = 5) -> float:
+    """bytes/s at which all threads of torch stream memory that no cache holds: the best of a few sums."""
+    block = torch.ones(megabytes * 2**20 // 8, dtype=torch.float64, device=device)
+    block.sum().item()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        block.sum().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return block.nbytes / min(times)
+
+
+def describe_setting(runner: Runner, weight_hash: str) -> Setting:
+    """What the costs of a runner's passes depend on."""
+    full = runner.graphs[FULL]
+    device = runner.cache.keys[0].device
+    return Setting(
+        device=str(device),
+        processor=name_processor(device),
+        threads=torch.get_num_threads(),
+        runner=runner.name,
+        isa=runner.isa,
+        versions={name: version(name) for name in ("strace-llm", "torch")},
+        weight_hash=weight_hash,
+        dtype=str(full.dtype).removeprefix("torch."),
+        graphs={name: _describe_graph(graph) for name, graph in runner.graphs.items()},
+    )
+
+
+def _describe_graph(graph: Decoder) -> Graph:
+    parts = [part for layer in graph.layers for part in (layer.attention, layer.mlp) if part is not None]
+    linears = [linear for part in parts for linear in vars(part).values() if isinstance(linear, Linear)]
+    formats = sorted({linear.format for linear in (*linears, graph.head)})
+    return Graph(" ".join(formats), graph.bytes_per_step)
+
+
+def name_processor(device: torch.device | str = "cpu") -> str:
+    """The name of the GPU, or of the CPU where the system tells it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+_file = TypeAdapter(CostTable)
+
+
+def _place(setting: Setting) -> Path:
+    name = hashlib.sha256(TypeAdapter(Setting).dump_json(setting)).hexdigest()[:16]
+    return cache_folder() / "costs" / f"{name}.json"
+
+
+def dump_table(table: CostTable) -> str:
+    """The table as one line of JSON."""
+    return _file.dump_json(table).decode()
+
+
+def save_table(table: CostTable) -> Path:
+    """Keep a table for `load_table`; the file it is in."""
+    path = _place(table.setting)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, dump_table(table) + "\n")
+    return path
+
+
+def load_table(setting: Setting) -> CostTable | None:
+    """The table kept for a setting; None where there is none, or none that can be read."""
+    path = _place(setting)
+    if not path.exists():
+        return None
+    try:
+        table = _file.validate_json(path.read_bytes())
+    except ValidationError:
+        return None
+    return table if asdict(table.setting) == asdict(setting) else None
