@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from machine import describe, finish, read_bandwidth, read_prompts, require_idle, spread
+from machine import describe, finish, read_prompts, require_idle, spread
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -29,6 +29,7 @@ from server.engine.engine import Engine
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
 from strace.checkpoint import Checkpoint, resolve
+from strace.costs import read_bandwidth
 from strace.runner import FULL
 from strace.sampling import SamplingParams
 
