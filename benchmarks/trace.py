@@ -29,7 +29,7 @@ import torch
 from machine import describe, finish, require_idle, spread
 from transformers import LlamaConfig
 
-from strace.decoder import MLP, Attention, Decoder, Layer
+from strace.decoder import MLP, Attention, Decoder, Layer, Norm
 from strace.extract import SIZES, EdgeWeights, Traces, pairs
 from strace.families import read_spec
 from strace.importance import weigh_edges
@@ -56,16 +56,17 @@ def make_decoder(seed: int = 0) -> Decoder:
     def draw(rows: int, columns: int) -> Linear:
         return Linear(torch.randn(rows, columns, generator=generator) * columns**-0.5, None, torch.float32)
 
-    width, ones = HEADS * HEAD_DIM, torch.ones(HIDDEN)
+    width, spec = HEADS * HEAD_DIM, read_spec(config)
+    norm = Norm(torch.ones(HIDDEN), None, spec.norm_eps, spec.norm)
     layers = [
         Layer(
-            Attention(ones, draw(3 * width, HIDDEN), draw(HIDDEN, width), HEADS, HEADS),
-            MLP(ones, draw(4 * HIDDEN, HIDDEN), draw(HIDDEN, 2 * HIDDEN)),
+            Attention(norm, None, draw(3 * width, HIDDEN), draw(HIDDEN, width), HEADS, HEADS, spec.attention_scale),
+            MLP(norm, None, draw(4 * HIDDEN, HIDDEN), draw(HIDDEN, 2 * HIDDEN)),
         )
         for _ in range(LAYERS)
     ]
     embed = torch.randn(VOCABULARY, HIDDEN, generator=generator)
-    return Decoder(read_spec(config), embed, layers, ones, draw(VOCABULARY, HIDDEN), torch.float32)
+    return Decoder(spec, embed, layers, norm, draw(VOCABULARY, HIDDEN), torch.float32)
 
 
 def make_weights(tokens: int) -> EdgeWeights:

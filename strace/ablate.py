@@ -57,8 +57,10 @@ class Selections:
 
     def step(self, number: int, rows: slice) -> StepMask:
         chosen = self.chosen[rows]
-        counts = [s.count for s in chosen]
-        traced, grown = self.traces.masks(number, counts), self.random.masks(number, counts)
+        counts = sorted({s.count for s in chosen})
+        at = [counts.index(s.count) for s in chosen]
+        # The last one is the whole graph: a complement holds no edge from which the output cannot be reached.
+        traced, grown = self.traces.masks(number, [*counts, self.traces.total]), self.random.masks(number, counts)
         random, inverse, free = (
             np.array([test(s.control) for s in chosen])
             for test in (
@@ -72,7 +74,8 @@ class Selections:
             if trace is None or growth is None:
                 return None
             along = (-1,) + (1,) * (trace.ndim - 1)
-            return np.where(random.reshape(along), growth, trace) ^ inverse.reshape(along)
+            taken: Booleans = np.where(random.reshape(along), growth[at], trace[at])
+            return taken ^ (inverse.reshape(along) & trace[-1])
 
         residual = choose(traced.residual, grown.residual)
         assert residual is not None
@@ -155,6 +158,7 @@ class _Masked(DenseAttend):
         self._number = -1
         self._mask: StepMask | None = None
         self._added: list[Tensor] = []
+        self._on = torch.empty(0)
         self.states: list[Tensor] = []
 
     def _open(self) -> None:
@@ -177,15 +181,22 @@ class _Masked(DenseAttend):
         return kept.transpose(1, 2).flatten(0, 1).to(mixed.dtype)
 
     def tap(self, name: str, layer: int, value: Tensor) -> Tensor:
-        """Cuts MLP and residual edges; see `decoder.Tap`."""
+        """Cuts MLP and residual edges, and leaves the MLP out where its edge is cut; see `decoder.Tap`."""
         if name == "stream":
             self._open()
         elif name == "attention_out":
             self._added.append(value.float())
+        elif name == "mlp_in":
+            if self._mask is not None and self._mask.mlp is not None:
+                self._on = torch.from_numpy(self._mask.mlp).flatten().nonzero()[:, 0].to(value.device)
+                value = value[self._on]
         elif name == "mlp_out":
             if self._mask is not None and self._mask.mlp is not None:
+                whole = value.new_zeros(self.shape[0] * self.shape[1], value.shape[1])
                 mean = None if self._means is None else self._means.mlp[self._number]
-                value = _keep(self._mask.mlp, value, torch.zeros_like(value) if mean is None else mean)
+                if mean is not None:
+                    whole += mean.to(whole.device, whole.dtype)
+                value = whole.index_copy_(0, self._on, value)
             self._added.append(value.float())
         elif name in ("stream_mid", "stream_out"):
             if self._mask is not None:

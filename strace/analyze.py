@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from strace.ablate import CONTROLS, Composition, Means, Selection, Selections, c
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from strace.decoder import Decoder
 from strace.extract import SIZES, Traces
+from strace.files import write_beside
 from strace.importance import MEASURES, draw_weights, weigh_edges
 from strace.metrics import (
     cosine,
@@ -462,13 +462,6 @@ def _refuse_other_settings(path: Path, there: Settings, asked: Settings) -> None
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def write_beside(path: Path, content: str) -> None:
-    """Write beside, then rename, so that no reader ever sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
 
 
 def read_part(path: Path) -> Part:

@@ -302,19 +302,24 @@ class Traces:
             for row, count in zip(mask, counts, strict=True):
                 if count:
                     np.greater(kappa, self._cuts[count].value, out=row)
-        for i, count in enumerate(counts):
-            if count:
-                tied = self._cuts[count].tied
-                _, kind_, head, target, source = self._locate(
-                    tied[np.searchsorted(tied, base) : np.searchsorted(tied, base + self.stride)]
-                )
-                for k, name in enumerate(KINDS):
-                    at = kind_ == k
-                    if name == "attention" and at.any():
-                        found[name][i, head[at], target[at] * (target[at] + 1) // 2 + source[at]] = True
-                    elif at.any():
-                        found[name][i, target[at]] = True
+        tied = [self._tied(count, base) for count in counts]
+        row = np.repeat(np.arange(len(counts)), [len(part) for part in tied])
+        _, kinds, head, target, source = self._locate(np.concatenate(tied))
+        for k, name in enumerate(KINDS):
+            at = kinds == k
+            if name == "attention" and at.any():
+                found[name][row[at], head[at], target[at] * (target[at] + 1) // 2 + source[at]] = True
+            elif at.any():
+                found[name][row[at], target[at]] = True
         return StepMask(found["residual"], found.get("attention"), found.get("mlp"))
+
+    def _tied(self, count: int, base: int) -> Integers:
+        """Of the tied edges of a trace those of the step whose numbers start at `base`."""
+        if not count:
+            return np.empty(0, np.int64)
+        tied = self._cuts[count].tied
+        first, last = np.searchsorted(tied, (base, base + self.stride))
+        return tied[first:last]
 
     def numbers(self, count: int) -> Integers:
         """The numbers of the edges of the trace of `count` edges, sorted."""

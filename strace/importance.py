@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strace.decoder import Attention, Decoder, DenseAttend
+from strace.decoder import Attention, Decoder, DenseAttend, Norm
 from strace.edges import PatternAttend, layer_edges
 from strace.extract import EdgeWeights, Floats, Step, pairs
+from strace.families import UnsupportedModel
 
 MEASURES = ("l1", "ifr", "random")
 _CHUNK = 1 << 24  # elements of [targets, sources, hidden] held at once by `ifr`
@@ -62,11 +63,13 @@ def weigh_edges(decoder: Decoder, tokens: Tensor, measure: str = "l1", seed: int
 
     Raises:
         ValueError: for an unknown measure or an empty prompt.
+        UnsupportedModel: see `_check_decomposed`.
     """
     if measure not in MEASURES:
         raise ValueError(f"unknown importance {measure!r}; choose one of {', '.join(MEASURES)}")
     if not len(tokens):
         raise ValueError("an empty prompt has no edges")
+    _check_decomposed(decoder, measure)
     if measure == "random":
         return draw_weights(decoder.spec.layers, decoder.spec.heads, len(tokens), seed)
     return _measure(decoder, tokens, measure)
@@ -82,13 +85,32 @@ def _measure(decoder: Decoder, tokens: Tensor, measure: str) -> EdgeWeights:
         cos, sin = decoder.rotation(positions)
         steps += weigh(decoder, l, stream, (cos.to(stream.device), sin.to(stream.device)))
     # The output is read through the final norm, linear at the full run's statistics: its scale cancels, gamma does not.
-    gamma = decoder.final_norm.to(run.mlp.device)
-    residual, mlp = run.middle[-1] * gamma, run.mlp[-1] * gamma
+    residual, mlp = (_read_out(decoder.final_norm, x[-1]) for x in (run.middle, run.mlp))
     shares = _shares(torch.stack([residual, mlp]), residual + mlp, measure)
     last = steps[-1]
     assert last.mlp is not None
     last.residual[-1], last.mlp[-1] = shares.tolist()
     return EdgeWeights(tuple(steps), len(tokens))
+
+
+def _check_decomposed(decoder: Decoder, measure: str) -> None:
+    """Refuse what is not taken apart yet.
+
+    Raises:
+        UnsupportedModel: for parallel blocks, and for `ifr` where a norm follows a sublayer.
+    """
+    if decoder.spec.parallel:
+        raise UnsupportedModel(f"the edges of parallel blocks ({decoder.spec.family}) cannot be weighed yet")
+    parts = [part for layer in decoder.layers for part in (layer.attention, layer.mlp)]
+    if measure == "ifr" and any(part is not None and part.post_norm is not None for part in parts):
+        raise UnsupportedModel(f"ifr does not know norms after a sublayer ({decoder.spec.family}); l1 does")
+
+
+def _read_out(norm: Norm, x: Tensor) -> Tensor:
+    """What the final norm's direction makes of a vector [hidden]: LayerNorm takes its mean off, either multiplies by
+    gamma."""
+    centred = x - x.mean() if norm.kind == "layer" else x
+    return centred * norm.weight.to(x.device)
 
 
 def _shares(vectors: Tensor, node: Tensor, measure: str) -> Tensor:
@@ -107,6 +129,7 @@ def _proximity(vectors: Tensor, node: Tensor) -> Tensor:
 
 def _layer_l1(decoder: Decoder, l: int, stream: Tensor, rotation: tuple[Tensor, Tensor]) -> list[Step]:
     edges = layer_edges(decoder, l, stream, rotation, (1, len(stream)))
+    assert edges.mlp_residual is not None
     window = decoder.spec.window[l]
     return [
         Step(l, _host(edges.attention_residual[0]), attention=pack_pairs(edges.attention[0], window)),

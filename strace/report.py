@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from strace.analyze import BadAnalysis, Manifest, write_beside
+from strace.analyze import BadAnalysis, Manifest
 from strace.figures import (
     COLOURS,
     STYLE,
@@ -32,6 +32,7 @@ from strace.figures import (
     save_figure,
     say_correlation,
 )
+from strace.files import write_beside
 from strace.metrics import Doubles, spearman
 
 REPORT, FIGURES = "report.html", "figures"

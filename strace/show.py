@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from strace.ablate import Selection, Selections, run_masked
-from strace.analyze import BadAnalysis, write_beside
+from strace.analyze import BadAnalysis
 from strace.checkpoint import load_decoder, open_checkpoint
 from strace.extract import Edge, Traces
 from strace.figures import KIND_COLOURS, STYLE
+from strace.files import write_beside
 from strace.importance import weigh_edges
 from strace.sampling import total_variation
 

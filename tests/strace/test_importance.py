@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from strace.checkpoint import load_decoder, open_checkpoint
 from strace.decoder import Decoder
 from strace.edges import PatternAttend
 from strace.extract import EdgeWeights, Traces, count_edges, pairs
+from strace.families import UnsupportedModel
 from strace.importance import MEASURES, attention_vectors, weigh_edges
-from tests.tiny import random_tokens, save_tiny
+from tests.tiny import KINDS, random_tokens, save_tiny
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
@@ -96,7 +98,7 @@ def test_weights_equal_those_of_the_explicit_vectors(decoder: Decoder, measure: 
 
     for l, layer in enumerate(layers):
         for i in range(8):
-            gamma = decoder.final_norm if (l, i) == (len(layers) - 1, 7) else torch.ones_like(decoder.final_norm)
+            gamma = decoder.final_norm.weight if (l, i) == (len(layers) - 1, 7) else torch.ones(decoder.spec.hidden)
             edges = layer["edges"][:, i, : i + 1].flatten(0, 1)
             into = score(torch.cat([layer["stream"][i : i + 1], edges]), layer["stream_mid"][i])
             into = (into / into.sum()).numpy()
@@ -117,7 +119,7 @@ def test_the_final_norm_weighs_the_edges_into_the_output(tmp_path: Path) -> None
     decoder = load_decoder(open_checkpoint(str(tmp_path)), "fp32")
     tokens = random_tokens(6)
     weighed = weigh_edges(decoder, tokens).steps[-1]
-    decoder.final_norm = torch.ones_like(decoder.final_norm)
+    decoder.final_norm = replace(decoder.final_norm, weight=torch.ones_like(decoder.final_norm.weight))
     plain = weigh_edges(decoder, tokens).steps[-1]
     assert weighed.mlp is not None
     assert plain.mlp is not None
@@ -163,3 +165,17 @@ def test_bad_input_is_refused(decoder: Decoder) -> None:
     for measure in MEASURES:
         with pytest.raises(ValueError, match="empty prompt"):
             weigh_edges(decoder, random_tokens(0), measure)
+
+
+@pytest.mark.parametrize("family", sorted(set(KINDS) - {"gpt_neox"}))
+def test_every_family_of_two_steps_a_layer_is_weighed(family: str, tmp_path: Path) -> None:
+    decoder = load_decoder(open_checkpoint(str(save_tiny(tmp_path, family))), "fp32")
+    weights = weigh_edges(decoder, random_tokens(9))
+    assert torch.allclose(sums(weights), torch.ones(2 * decoder.spec.layers, 9).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "measure"), [("gpt_neox", "l1"), ("olmo2", "ifr"), ("gemma2", "ifr")])
+def test_what_is_not_taken_apart_is_refused_by_name(family: str, measure: str, tmp_path: Path) -> None:
+    decoder = load_decoder(open_checkpoint(str(save_tiny(tmp_path, family))), "fp32")
+    with pytest.raises(UnsupportedModel, match=family):
+        weigh_edges(decoder, random_tokens(5), measure)

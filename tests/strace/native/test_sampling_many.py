@@ -1,0 +1,134 @@
+"""Native sampling against strace/sampling.py: random numbers to the bit, distributions, settled blocks, their law."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from strace import native
+from strace.native_runner import NativeRunner
+from strace.runner import FULL
+from strace.sampling import Noise, Purpose, Sampler, SamplingParams, draw_draft, draw_token, process, verify
+from tests.strace.native.passes import load_tiny, make_native
+
+SUSPICION = 1e-4
+
+
+@cache
+def runner() -> NativeRunner:
+    return make_native({FULL: load_tiny()}, 1)
+
+
+@pytest.mark.parametrize("key", [0, 1, 12345, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("position", [0, 7, 40_000, 2**31 + 5])
+@pytest.mark.parametrize("purpose", Purpose)
+def test_random_numbers_are_those_of_numpy(key: int, position: int, purpose: Purpose) -> None:
+    got = np.empty(1001)
+    native.load().st_uniform(key, position, purpose, len(got), got.ctypes.data)
+    assert np.array_equal(got, Noise(key, shared=True).uniform(position, purpose, len(got)))
+
+
+@st.composite
+def parameters(draw_from: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=draw_from(st.sampled_from([0.0, 1e-40, 0.05, 0.7, 1.0, 1.9])),
+        top_p=draw_from(st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.0917, 0.0])),
+        top_k=draw_from(st.sampled_from([0, 1, 2, 7, 50, 301])),
+        presence_penalty=draw_from(st.sampled_from([0.0, 0.5, -1.25])),
+        frequency_penalty=draw_from(st.sampled_from([0.0, 0.25, -0.5])),
+    )
+
+
+def make_logits(rows: int, vocabulary: int, seed: int, ties: bool, masked: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocabulary, generator=generator) * 3
+    if ties:
+        logits = (2 * logits).round() / 2
+    if masked:
+        logits[:, torch.rand(vocabulary, generator=generator) < 0.3] = -torch.inf
+        logits[:, 0] = 0.0
+    return logits
+
+
+def splits_a_rounding(logits: Tensor, histories: list[list[int]], params: SamplingParams) -> bool:
+    """Whether top_p falls so near a cumulative sum that float32 decides which side it is on."""
+    whole = process(logits, histories, SamplingParams(**(vars(params) | {"top_p": 1.0}))).double()
+    reached = whole.sort(dim=1, descending=True).values.cumsum(1)
+    return params.top_p < 1 and bool(((reached - params.top_p).abs() < 2e-6).any())
+
+
+@settings(max_examples=6000, deadline=None)
+@given(
+    parameters(),
+    st.sampled_from([1, 2, 31, 300, 5000]),
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.integers(0, 300), max_size=20),
+)
+def test_distributions_equal_the_reference(
+    params: SamplingParams, vocabulary: int, seed: int, ties: bool, masked: bool, history: list[int]
+) -> None:
+    known = [token for token in history if token < vocabulary]
+    before, drafts = known[:-2], known[-2:]
+    logits = make_logits(len(drafts) + 1, vocabulary, seed, ties, masked)
+    sampler = Sampler(params, Noise(0, shared=False), 5, before)
+    expected = sampler.process(logits, drafts)
+    histories = [before + drafts[:i] for i in range(len(logits))]
+    assume(not splits_a_rounding(logits, histories, params))
+    got = runner().process(logits.clone(), drafts, sampler)
+    assert (got - expected).abs().max() <= 1e-6
+    assert torch.equal(got > 0, expected > 1e-37)
+
+
+def test_rows_of_no_number_do_no_harm() -> None:
+    logits = torch.full((1, 300), torch.nan)
+    for params in (SamplingParams(0.0), SamplingParams(top_k=3, top_p=0.5), SamplingParams()):
+        sampler = Sampler(params, Noise(0, shared=True), 0)
+        assert 0 <= runner().verify(logits.clone(), None, [], sampler)[0] < 300
+
+
+@settings(max_examples=300, derandomize=True)
+@given(parameters(), st.integers(0, 4), st.integers(0, 10_000), st.booleans(), st.sampled_from([0.0, 0.3, 3.0]))
+def test_a_block_is_settled_as_by_the_reference(
+    params: SamplingParams, drafts: int, seed: int, shared: bool, apart: float
+) -> None:
+    """apart: how far the draft's logits are from the full model's."""
+    logits = make_logits(drafts + 1, 300, seed, False, False)
+    near = logits + apart * make_logits(drafts + 1, 300, seed + 1, False, False)
+    sampler = Sampler(params, Noise(seed, shared), seed, [1, 2, 2])
+    tokens: list[int] = []
+    rows = []
+    for i in range(drafts):
+        rows.append(sampler.process(near[: i + 1], tokens)[i])
+        tokens.append(draw_draft(rows[i], sampler.noise, sampler.position + i))
+    q = torch.stack(rows) if rows and not sampler.greedy else None
+    expected = verify(sampler.process(logits, tokens), q, tokens, sampler.noise, sampler.position)
+    assert runner().verify(logits.clone(), q, tokens, sampler) == expected
+
+
+def test_blocks_follow_the_full_models_law() -> None:
+    """Joint law of the first two tokens over many seeds, where the rows depend on the draft before them."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(5, 4, generator=generator).mul(1.5)  # row 4: at start
+    full, subgraph = logits.softmax(1), torch.randn(5, 4, generator=generator).mul(1.5).softmax(1)
+    counts = np.zeros((4, 4))
+    for seed in range(6000):
+        noise = Noise(seed, shared=False)
+        first = draw_draft(subgraph[4], noise, 0)
+        second = draw_draft(subgraph[first], noise, 1)
+        rows = [4, first, second]
+        emitted = runner().verify(logits[rows], subgraph[rows[:2]], rows[1:], Sampler(SamplingParams(), noise, 0))
+        if len(emitted) == 1:  # the next block begins with a plain draw
+            emitted.append(draw_token(full[emitted[0]], noise, 1))
+        counts[emitted[0], emitted[1]] += 1
+    law = (full[4][:, None] * full[:4]).double().numpy()
+    assert stats.chisquare(counts.ravel(), law.ravel() / law.sum() * counts.sum()).pvalue > SUSPICION
