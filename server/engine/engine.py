@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,6 +38,7 @@ from strace.runner import FULL, Runner
 from strace.sampling import Noise
 
 logger = logging.getLogger(__name__)
+PROBE = 4  # drafts of a probe
 
 
 class StepFailed(RuntimeError):
@@ -326,16 +327,25 @@ class Engine:
                 by_graph.setdefault(sequence.ran.class_name, []).append(sequence)
         for graph, sequences in by_graph.items():
             rule = self.speculation.rule(graph, planned, len(decoding))
-            limits = {s: s.limits(self.options) for s in sequences}
-            limits = {s: limit for s, limit in limits.items() if self._starts(rule, limit, len(sequences))}
+            rule, limits = self._choose_drafting(rule, {s: s.limits(self.options) for s in sequences})
             if limits:
                 plan = DraftPlan([s.sampler() for s in limits], list(limits.values()), rule)
                 planned += self._draft_with(graph, plan, list(limits))
 
-    def _starts(self, rule: GainRule, limits: DraftLimits, alive: int) -> bool:
-        """Whether a sequence shall draw at all."""
-        most = limits.left()
-        return most > 0 and (rule.pays(1.0, alive, 0, most) or self.speculation.probes())
+    def _choose_drafting(
+        self, rule: GainRule, limits: dict[Sequence, DraftLimits]
+    ) -> tuple[GainRule, dict[Sequence, DraftLimits]]:
+        """The sequences of one graph that shall draw, and the rule they draw by. Where none does, now and then all of
+        them probe: several drafts each, because the cost of a lone one would be mostly that of the call."""
+        able = {s: limit for s, limit in limits.items() if limit.left() > 0}
+        paying = {s: limit for s, limit in able.items() if rule.pays(1.0, len(able), 0, limit.left())}
+        if paying or not able or not self.speculation.probes():
+            return rule, paying
+        probing = {
+            s: replace(limit, held=min(PROBE, limit.held), emitted=min(PROBE, limit.emitted))
+            for s, limit in able.items()
+        }
+        return replace(rule, always=True), probing
 
     def _draft_with(self, graph: str, plan: DraftPlan, sequences: list[Sequence]) -> int:
         """Draw and book the drafts of one graph; how many tokens they add to the full pass."""

@@ -18,7 +18,7 @@ _BINS = 10
 _PRIOR, _WEIGHT = 0.8, 4.0  # before anything was judged a draft is worth trying
 _MEMORY = 0.99  # of a bin, per judged draft
 _PACE = 0.05  # weight of one step in the rate now achieved
-_PROBE = 32  # every so many refusals to draft at all, one draft is drawn nevertheless
+_PROBE = 32  # every so many refusals to draft at all, a few drafts are drawn nevertheless
 
 
 class Calibration:
