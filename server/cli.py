@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -21,16 +21,17 @@ from server import bench as benchmark
 from server import console
 from server.api.errors import ApiError
 from server.api.protocol import ChatRequest, CompletionRequest, Message, StraceOptions
-from server.config import Compile, Dtype, EngineConfig, ServeConfig
+from server.config import Compile, Dtype, EngineConfig, RunnerKind, ServeConfig
 from server.engine.engine import StepFailed
 from server.engine.request import Mode
 from server.load import load_served
 from server.serve import serve as run_server
+from strace import errors
 from strace.classes import shipped_prompts
 from strace.cli import app as offline
+from strace.errors import WRONG_USAGE, fail
 
 C = TypeVar("C", bound=EngineConfig)
-FAILED, WRONG_USAGE = 1, 2
 
 app = typer.Typer(
     name="strace-llm",
@@ -59,6 +60,7 @@ Subgraphs = Annotated[Path | None, setting("subgraphs")]
 ModeFlag = Annotated[Mode | None, setting("mode")]
 DtypeFlag = Annotated[Dtype | None, setting("dtype")]
 Device = Annotated[str | None, setting("device")]
+RunnerFlag = Annotated[RunnerKind | None, setting("runner")]
 CompileFlag = Annotated[Compile | None, setting("compile")]
 Context = Annotated[int | None, setting("context")]
 ClassFlag = Annotated[
@@ -86,6 +88,7 @@ def serve(
     mode: ModeFlag = None,
     dtype: DtypeFlag = None,
     device: Device = None,
+    runner: RunnerFlag = None,
     compile: CompileFlag = None,
     context: Context = None,
     served_model_name: Annotated[str | None, setting("served_model_name")] = None,
@@ -114,6 +117,7 @@ def generate(
     subgraphs: Subgraphs = None,
     dtype: DtypeFlag = None,
     device: Device = None,
+    runner: RunnerFlag = None,
     compile: CompileFlag = None,
     context: Context = None,
 ) -> None:
@@ -148,6 +152,7 @@ def chat(
     subgraphs: Subgraphs = None,
     dtype: DtypeFlag = None,
     device: Device = None,
+    runner: RunnerFlag = None,
     compile: CompileFlag = None,
     context: Context = None,
 ) -> None:
@@ -183,6 +188,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
     dtype: DtypeFlag = None,
     device: Device = None,
+    runner: RunnerFlag = None,
     compile: CompileFlag = None,
     context: Context = None,
 ) -> None:
@@ -213,20 +219,13 @@ def told() -> Iterator[None]:
     """End with one line instead of a traceback for what a user can put right."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
-    try:
-        yield
-    except ApiError as error:
-        fail(str(error), WRONG_USAGE)
-    except (ValueError, OSError, StepFailed, benchmark.Busy) as error:
-        fail(str(error), FAILED)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong on stderr, in one line, and exit."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code)
+    with errors.told():
+        try:
+            yield
+        except ApiError as error:
+            fail(str(error), WRONG_USAGE)
+        except (StepFailed, benchmark.Busy) as error:
+            fail(str(error))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from server.engine.request import Mode
 from strace.checkpoint import EMBEDDED
 
 Dtype = Literal["auto", "bf16", "fp32", "int8", "int4"]
+RunnerKind = Literal["auto", "native", "torch"]
 Compile = Literal["auto", "on", "off"]
 
 
@@ -27,6 +28,7 @@ class EngineConfig(BaseSettings):
     device: str = Field("cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto")
     context: int | None = Field(None, ge=1, description="most tokens of prompt and answer; default: the model's limit")
     kv_memory: int | None = Field(None, ge=1, description="MiB for the KV cache; default: a share of what is free")
+    runner: RunnerKind = Field("auto", description="what computes: native or torch; auto: native on the CPU if built")
     compile: Compile = Field("auto", description="capture whole steps as CUDA graphs; auto: wherever there is CUDA")
     max_queue: int = Field(64, ge=1, description="requests that may wait before new ones are refused with 429")
 

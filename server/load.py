@@ -27,7 +27,7 @@ def load_served(config: EngineConfig) -> Served:
         raise ValueError(f"device {config.device!r} is not available on this machine")
     metrics = Metrics()
     kv_memory = None if config.kv_memory is None else config.kv_memory * 2**20
-    placement = Placement(config.device, config.dtype, config.context, kv_memory=kv_memory, compile=config.compile)
+    placement = Placement(config.device, config.dtype, config.context, None, kv_memory, config.runner, config.compile)
     worker = Worker()
     build = partial(
         build_engine,

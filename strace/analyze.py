@@ -30,7 +30,7 @@ from strace.ablate import CONTROLS, Composition, Means, Selection, Selections, c
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from strace.decoder import Decoder
 from strace.extract import SIZES, Traces
-from strace.files import write_beside
+from strace.files import file_beside, write_beside
 from strace.importance import MEASURES, draw_weights, weigh_edges
 from strace.metrics import (
     cosine,
@@ -43,6 +43,7 @@ from strace.metrics import (
 from strace.sampling import total_variation
 
 ABLATIONS = ("zero", "mean")
+FORMATS = ("fp32", "bf16")
 SCHEMA = 1
 MANIFEST, ROWS, PARTS = "manifest.json", "rows.jsonl", "parts"
 MEAN_PROMPTS = 64  # prompts of the file that mean ablation takes its means from
@@ -50,6 +51,10 @@ MEAN_PROMPTS = 64  # prompts of the file that mean ablation takes its means from
 
 class BadAnalysis(ValueError):
     """Prompts, settings or a folder that an analysis cannot use; the message names the place and the reason."""
+
+
+class BadOption(BadAnalysis):
+    """A setting that has no such value."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Part(_Strict):
     """
 
     schema_version: int = SCHEMA
+    settings_hash: str
     index: int
     line: int
     text: str
@@ -185,7 +191,7 @@ def read_texts(path: Path, words: int, skip_short: bool = False) -> Texts:
             fewer words, unless `skip_short` leaves those out.
     """
     if words < 1:
-        raise BadAnalysis(f"prompts need at least one word, got {words}")
+        raise BadOption(f"prompts need at least one word, got {words}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -225,24 +231,39 @@ def check_options(options: Options) -> None:
     """Refuse what cannot be meant, before anything is loaded.
 
     Raises:
-        BadAnalysis: naming the setting.
+        BadOption: naming the setting.
     """
     if not options.sizes:
-        raise BadAnalysis("no sizes were given")
+        raise BadOption("no sizes were given")
     for size in options.sizes:
-        if not 0 < size <= 1:
-            raise BadAnalysis(f"size {size} is outside (0, 1]: a size is a share of a prompt's edges")
+        check_size(size)
     if list(options.sizes) != sorted(set(options.sizes)):
-        raise BadAnalysis("sizes must rise, each given once")
-    for name, value, known in (
-        ("importance", options.importance, MEASURES),
-        ("ablation", options.ablation, ABLATIONS),
-        ("format", options.format, ("fp32", "bf16")),
-    ):
-        if value not in known:
-            raise BadAnalysis(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+        raise BadOption("sizes must rise, each given once")
+    check_choice("importance", options.importance, MEASURES)
+    check_choice("ablation", options.ablation, ABLATIONS)
+    check_choice("format", options.format, FORMATS)
     if options.limit is not None and options.limit < 1:
-        raise BadAnalysis(f"limit must be at least 1, got {options.limit}")
+        raise BadOption(f"limit must be at least 1, got {options.limit}")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is not among those known.
+
+    Raises:
+        BadOption: naming the setting and its values.
+    """
+    if value not in known:
+        raise BadOption(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+
+
+def check_size(size: float) -> None:
+    """Refuse a size that is no share of a prompt's edges.
+
+    Raises:
+        BadOption: for a size outside (0, 1].
+    """
+    if not 0 < size <= 1:
+        raise BadOption(f"size {size} is outside (0, 1]: a size is a share of a prompt's edges")
 
 
 class Analyst:
@@ -258,6 +279,7 @@ class Analyst:
         self.state = PartialState()
         self.corpus = self._count_tokens(texts.whole)
         self.manifest = _describe(self.checkpoint, options, self.corpus, len(self.excerpts), self.state.device)
+        self.settings_hash = hashlib.sha256(self.manifest.settings.model_dump_json().encode()).hexdigest()
         self.parts = options.output / PARTS
         self._prepare_folder()
         self.decoder = load_decoder(self.checkpoint, options.format, str(self.state.device))
@@ -279,9 +301,12 @@ class Analyst:
         there = self.options.output / MANIFEST
         if there.exists():
             _refuse_other_settings(there, read_manifest(self.options.output).settings, self.manifest.settings)
-        self.parts.mkdir(parents=True, exist_ok=True)
-        if self.state.is_main_process:
-            write_beside(there, self.manifest.model_dump_json(indent=2))
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            if self.state.is_main_process:
+                write_beside(there, self.manifest.model_dump_json(indent=2))
+        except OSError as error:
+            raise BadAnalysis(f"cannot write to {self.options.output}: {error.strerror}") from error
 
     def _measure_means(self, excerpts: Sequence[Excerpt]) -> Means:
         return measure_means(self.decoder, (self.encode(excerpt) for excerpt in excerpts[:MEAN_PROMPTS]))
@@ -304,13 +329,18 @@ class Analyst:
         """Numbers of the prompts that are through.
 
         Raises:
-            BadAnalysis: for a part that is broken or belongs to another text.
+            BadAnalysis: for a part that is broken, or belongs to another text or analysis.
         """
         found = set()
         for index, excerpt in enumerate(self.excerpts):
             path = self.parts / f"{index:05}.json"
             if path.exists():
-                if read_part(path).text != excerpt.text:
+                part = read_part(path)
+                if part.settings_hash != self.settings_hash:
+                    raise BadAnalysis(
+                        f"{path} is of an analysis with another model or settings; delete it and run again"
+                    )
+                if part.text != excerpt.text:
                     raise BadAnalysis(f"{path} belongs to another text; the prompt file changed: use another folder")
                 found.add(index)
         return found
@@ -326,7 +356,8 @@ class Analyst:
         with self.state.split_between_processes([i for i in range(len(self.excerpts)) if i not in finished]) as mine:
             for index in mine:
                 part, states = self.analyze(index)
-                save_file({"states": states}, self.parts / f"{index:05}.safetensors")
+                with file_beside(self.parts / f"{index:05}.safetensors") as beside:
+                    save_file({"states": states}, beside)
                 write_beside(self.parts / f"{index:05}.json", part.model_dump_json())
                 yield index
         self.state.wait_for_everyone()
@@ -352,6 +383,7 @@ class Analyst:
         steps = len(traces.weights.steps)
         density = tv_density(options.sizes, [row.tv for row in rows[: len(counts)]], steps / traces.total)
         part = Part(
+            settings_hash=self.settings_hash,
             index=index,
             line=self.excerpts[index].line,
             text=self.excerpts[index].text,

@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from strace.files import file_beside
+
 POOLED = "pooled"
 RESERVED = frozenset({POOLED, "full", "exact", "routed", "auto", "embedded"})
 FEWEST_PROMPTS, FEWEST_SOURCES = 8, 3
@@ -205,10 +207,8 @@ class Classifier:
     def save(self, folder: Path) -> None:
         """Write `classifier.safetensors` into `folder`."""
         tensors = {"weights": self.weights, "biases": self.biases}
-        beside = folder / f".{self.FILE}.partial"
-        save_file(tensors, beside, {"names": json.dumps(self.names), "least": str(self.least)})
-        beside.chmod(0o644)  # safetensors writes files that only their owner can read
-        beside.replace(folder / self.FILE)
+        with file_beside(folder / self.FILE) as beside:
+            save_file(tensors, beside, {"names": json.dumps(self.names), "least": str(self.least)})
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:

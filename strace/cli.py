@@ -15,8 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from strace.checkpoint import EMBEDDED, BadCheckpoint
-from strace.classes import BadPrompts
+from strace.checkpoint import EMBEDDED
 from strace.costs import (
     TYPICAL,
     CostTable,
@@ -29,13 +28,13 @@ from strace.costs import (
     measure_table,
     save_table,
 )
-from strace.families import UnsupportedModel
-from strace.gguf import NotConvertible, convert
+from strace.errors import WRONG_USAGE, fail, told
+from strace.gguf import convert
 from strace.graphs import RUNNERS, make_runner, open_graphs
 from strace.linear import FORMATS as FULL_FORMATS
 from strace.paper import app as paper
 from strace.runner import FULL
-from strace.subgraph import BadSubgraph, Manifest, find_subgraphs, read_manifest
+from strace.subgraph import Manifest, find_subgraphs, read_manifest
 from strace.trace import Options, trace
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
@@ -43,14 +42,6 @@ app.add_typer(paper)
 
 FORMATS = ("int4", "int8", "bf16")
 _SHADES = " ▁▂▃▄▅▆▇█"
-
-
-FAILED, WRONG_USAGE = 1, 2  # exit codes
-
-
-def _fail(message: str, code: int = FAILED) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(Text(f"error: {message}"))
-    return typer.Exit(code)
 
 
 @app.command("trace")
@@ -88,22 +79,19 @@ def trace_command(
     Exit code 1: the model or the prompts cannot be used; 2: an option has no such value. The message says why.
     """
     if format not in FORMATS:
-        raise _fail(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}", WRONG_USAGE)
+        fail(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}", WRONG_USAGE)
     if size is not None and not 0 < size <= 1:
-        raise _fail(f"--size {size} is not a share between 0 and 1", WRONG_USAGE)
+        fail(f"--size {size} is not a share between 0 and 1", WRONG_USAGE)
     chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
     options = Options(model, output, prompts, size, chosen, format, seed)
     console = Console(soft_wrap=True)
-    try:
-        with console.status("tracing") as status:
+    with told(), console.status("tracing") as status:
 
-            def say(line: str) -> None:
-                status.update(line)
-                console.print(Text(line))
+        def say(line: str) -> None:
+            status.update(line)
+            console.print(Text(line))
 
-            trace(options, say)
-    except (BadPrompts, BadCheckpoint, UnsupportedModel, ValueError, OSError) as error:
-        raise _fail(str(error)) from error
+        trace(options, say)
     console.print(Text(f"subgraphs in {output}; next: strace-llm serve {model} --subgraphs {output}"))
 
 
@@ -122,10 +110,8 @@ def inspect_command(
 
     Exit code 1: there is no subgraph, or one cannot be read; the message names it.
     """
-    try:
+    with told():
         manifests = {name: read_manifest(path) for name, path in find_subgraphs(folder).items()}
-    except BadSubgraph as error:
-        raise _fail(str(error)) from error
     if as_json:
         typer.echo(json.dumps({name: m.model_dump(mode="json", by_alias=True) for name, m in manifests.items()}))
         return
@@ -166,8 +152,8 @@ def measure_command(
     """
     for name, value, known in (("runner", runner, RUNNERS), ("dtype", dtype, ("auto", *FULL_FORMATS))):
         if value not in known:
-            raise _fail(f"unknown {name} {value!r}; choose one of {', '.join(known)}", WRONG_USAGE)
-    try:
+            fail(f"unknown {name} {value!r}; choose one of {', '.join(known)}", WRONG_USAGE)
+    with told():
         checkpoint, graphs = open_graphs(model, subgraphs, device, dtype)
         served = make_runner(graphs, count_blocks(list_cases(graphs[FULL].spec.context)), runner)
         setting = describe_setting(served, checkpoint.weight_hash)
@@ -177,8 +163,6 @@ def measure_command(
                 task = progress.add_task("measuring", total=1.0)
                 table = measure_table(served, setting, lambda share: progress.update(task, completed=share))
             save_table(table)
-    except (BadCheckpoint, UnsupportedModel, BadSubgraph, ValueError, OSError) as error:
-        raise _fail(str(error)) from error
     if as_json:
         typer.echo(dump_table(table))
     else:
@@ -275,10 +259,8 @@ def convert_command(
 
     Exit code 1: the model cannot be read or llama.cpp would not run it as we do; the message says why.
     """
-    try:
+    with told():
         done = convert(model, output)
-    except (NotConvertible, BadCheckpoint, UnsupportedModel, OSError) as error:
-        raise _fail(str(error)) from error
     console = Console(soft_wrap=True)
     console.print(Text(f"{done.path}: {done.architecture}, {done.tensors} tensors, {done.bytes / 1e6:.1f} MB"))
     if not done.same_words:

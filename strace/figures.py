@@ -169,9 +169,10 @@ def draw_nucleus(study: Study) -> Figure:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     nucleus = study.read("nucleus", "trace")
-    for shade, k in zip(np.linspace(0.25, 1, len(NUCLEI)), NUCLEI, strict=True):
-        left.plot(study.sizes, (nucleus >= k).mean(0), color=COLOURS["trace"], alpha=shade, label=f"{k} %")
-    left.legend(title="nucleus", ncols=2, fontsize=7)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.92, 0, len(NUCLEI)))
+    for shade, k in zip(shades, NUCLEI, strict=True):
+        left.plot(study.sizes, (nucleus >= k).mean(0), color=shade, label=f"{k} %")
+    left.legend(title="nucleus", ncols=2)
     left.set_ylabel("share of prompts recovered in order")
     for control in ("trace", "inverse", "random"):
         right.plot(study.sizes, study.read("top1", control).mean(0), color=COLOURS[control], label=control)
@@ -198,7 +199,7 @@ def draw_composition(study: Study) -> Figure:
         _logarithmic(axes)
         axes.set_ylim(0, 1)
         axes.grid(False)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=7)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8, columnspacing=1, handlelength=1.2)
     return figure
 
 
@@ -244,7 +245,7 @@ def draw_controls(study: Study) -> Figure:
         share = np.median(edges / np.array([part.edges for part in study.parts])[:, None], 0)
         order = np.argsort(share)
         right.plot(share[order], np.median(tv, 0)[order], style, color=COLOURS[control])
-    left.legend(fontsize=7)
+    left.legend(fontsize=8)
     left.set_ylabel("median TV to the full model")
     left.set_ylim(-0.02, 1.02)
     _logarithmic(left, "size of the trace that the control was made for")
@@ -265,7 +266,7 @@ def draw_presence(study: Study) -> Figure:
     left.plot([0, 1], [0, 1], color="#7a8595", linewidth=0.8)
     left.set_xlabel("share of components (heads and MLPs), rarest first")
     left.set_ylabel("share of presence")
-    left.legend(fontsize=7)
+    left.legend(fontsize=8)
     at = study.nearest(1e-2)
     shown = right.imshow(presence_grid(study, at), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1)
     heads = study.manifest.shape.heads
@@ -313,7 +314,10 @@ def draw_geometry(study: Study) -> Figure:
     left.set_ylabel("last layer, last position")
     _logarithmic(left)
     mean = cosine.mean(0).T
-    shown = right.pcolormesh(study.sizes, np.arange(len(mean)), mean, cmap="RdBu", vmin=-1, vmax=1, shading="nearest")
+    # As an image: between the rectangles of an SVG browsers leave white seams.
+    shown = right.pcolormesh(
+        study.sizes, np.arange(len(mean)), mean, cmap="RdBu", vmin=-1, vmax=1, shading="nearest", rasterized=True
+    )
     _logarithmic(right)
     right.set_ylabel("layer")
     right.set_title("mean cosine to the full run", fontsize=9)

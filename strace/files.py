@@ -1,8 +1,12 @@
-"""Where this project keeps what it may make again, and how a file is written."""
+"""Where this project keeps what it may make again, and how a file or folder is written: beside its place and then
+renamed, so that no reader ever sees half of it and nothing half-written is left behind."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,8 +15,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strace-llm"
 
 
-def write_beside(path: Path, content: str) -> None:
-    """Write beside, then rename, so that no reader ever sees half a file."""
+@contextmanager
+def file_beside(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` unless the block fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors would write a file that only its owner can read
+        yield beside
+        beside.chmod(mode)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `path` unless the block fails."""
+    beside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_beside(path: Path, content: str) -> None:
+    """Write a text file, in UTF-8, by `file_beside`."""
+    with file_beside(path) as beside:
+        beside.write_text(content, encoding="utf-8")

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +101,10 @@ def convert(model: str, output: Path) -> Converted:
     checkpoint = open_checkpoint(model)
     _check(checkpoint)
     architecture, _ = _ARCHITECTURES[checkpoint.family.name]
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch, ExitStack() as stack:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}."))
         part = Path(scratch) / output.name
-        writer = gguf.GGUFWriter(part, architecture)
+        writer = stack.enter_context(closing(gguf.GGUFWriter(part, architecture)))
         _write_sizes(writer, checkpoint)
         pre_tokenizer, same_words = _write_tokenizer(writer, checkpoint)
         count = 0

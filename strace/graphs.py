@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from strace import native
 from strace.checkpoint import EMBEDDED, Checkpoint, embedded_folder, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import POOLED
 from strace.compiled import CompiledRunner
 from strace.decoder import Decoder
 from strace.kv import make_cache
+from strace.native import NativeError
 from strace.native_runner import NativeRunner
 from strace.runner import FULL, Runner, TorchRunner
 from strace.subgraph import load_subgraphs
@@ -82,13 +82,12 @@ def make_runner(graphs: dict[str, Decoder], blocks: int, kind: str = "auto", com
     if compile == "on" and device.type != "cuda":
         raise ValueError(f"the torch runner compiles on cuda only, not on {device.type}")
     cache = make_cache(full.spec, blocks, full.dtype, full.devices or [device] * full.spec.layers)
-    if kind == "native" or (kind == "auto" and device.type == "cpu" and _can_run_natively()):
-        return NativeRunner(graphs, cache)
+    if kind == "native" or (kind == "auto" and device.type == "cpu"):
+        try:
+            return NativeRunner(graphs, cache)
+        except NativeError as error:
+            if kind == "native":
+                raise ValueError(str(error)) from error
+            logger.warning("%s; torch serves, slower", error)
     compiled = device.type == "cuda" and compile != "off"
     return CompiledRunner(graphs, cache) if compiled else TorchRunner(graphs, cache)
-
-
-def _can_run_natively() -> bool:
-    if reason := native.why_unavailable():
-        logger.warning("%s; torch serves, slower", reason)
-    return not reason

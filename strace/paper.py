@@ -11,12 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from strace.analyze import Analyst, BadAnalysis, Options, read_parts, write_rows
-from strace.checkpoint import BadCheckpoint
+from strace import errors
+from strace.analyze import Analyst, BadAnalysis, BadOption, Options, read_parts, write_rows
 from strace.extract import SIZES
-from strace.families import UnsupportedModel
 
 app = typer.Typer()
 
@@ -28,13 +26,13 @@ _FORMAT = "Of the weights and products: fp32 or bf16. Edge weights and the strea
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Bad input ends with one line on standard error and exit code 1."""
-    try:
-        yield
-    except (BadAnalysis, BadCheckpoint, UnsupportedModel, ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}"))
-        raise typer.Exit(1) from error
+def _told() -> Iterator[None]:
+    """As `errors.told`; a bad option is wrong usage."""
+    with errors.told():
+        try:
+            yield
+        except BadOption as error:
+            errors.fail(str(error), errors.WRONG_USAGE)
 
 
 def name_folder(model: str) -> str:
@@ -47,12 +45,12 @@ def parse_sizes(text: str) -> tuple[float, ...]:
     """Sizes separated by commas, in rising order; empty: the paper's grid.
 
     Raises:
-        BadAnalysis: for what is not a number.
+        BadOption: for what is not a number.
     """
     try:
         return tuple(sorted({float(part) for part in text.split(",")})) if text.strip() else SIZES
     except ValueError as error:
-        raise BadAnalysis(f"--sizes {text!r}: {error}") from error
+        raise BadOption(f"--sizes {text!r}: {error}") from error
 
 
 @app.command("analyze")
@@ -87,9 +85,10 @@ def analyze_command(
 
         strace-llm analyze ./one ./other --prompts texts.txt --words 30 --limit 200 --skip-short -o study
 
-    Exit code 1: a model, the prompts or an option cannot be used; the message says why. What is finished is kept.
+    Exit code 1: a model or the prompts cannot be used; 2: an option has no such value. The message says why. What is
+    finished is kept.
     """
-    with _clear_errors():
+    with _told():
         folders = {name_folder(model): model for model in models}
         if len(folders) < len(models):
             raise BadAnalysis(f"two of the models would share one folder: {', '.join(map(name_folder, models))}")
@@ -150,11 +149,16 @@ def show_command(
 
         strace-llm show ./my-model "The capital of France is" --size 1e-3 -o france.svg
 
-    Exit code 1: the model, the prompt or an option cannot be used; the message says why.
+    Exit code 1: the model or the prompt cannot be used; 2: an option has no such value. The message says why.
     """
-    from strace.show import save_trace, trace_prompt
+    from strace.show import save_trace, say_likeliest, trace_prompt
 
-    with _clear_errors():
+    with _told():
         shown = trace_prompt(model, prompt, size, importance, format)
         record = save_trace(shown, output)
+        typer.echo("\n".join(say_likeliest(shown)))
+        if len(shown.edges) < len(shown.layers):
+            typer.echo(
+                f"a path from the embeddings to the output has {len(shown.layers)} edges: this trace has no token"
+            )
         typer.echo(f"{len(shown.edges):,} of {shown.all_edges:,} edges, TV {shown.tv:.3f}; {output}, {record}")

@@ -54,7 +54,7 @@ PLOTS = (
         "tv",
         "TV against size",
         "Median and quartiles over prompts. Dashed: the best continuous line of three pieces through the medians, from "
-        "the first size that can hold a path; dotted: its breaks.",
+        "the first size that can hold a path; dotted: its breaks, and in the other panels 1.",
         draw_tv,
     ),
     Plot(
@@ -137,7 +137,7 @@ def _tabulate(study: Study) -> list[list[str]]:
             [
                 f"{share:g}",
                 f"{edges:,.0f}",
-                f"{edges / study.manifest.shape.steps:.1f}",
+                f"{edges / study.manifest.shape.steps:,.1f}",
                 f"{np.median(macs[:, i]) / 1e6:,.1f}",
                 f"{np.median(size[:, i]) / 1e6:,.2f}",
                 f"{np.median(tv[:, i]):.3f}",

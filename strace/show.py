@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from strace.ablate import Selection, Selections, run_masked
-from strace.analyze import BadAnalysis
+from strace.analyze import FORMATS, BadAnalysis, BadOption, check_choice, check_size
 from strace.checkpoint import load_decoder, open_checkpoint
 from strace.extract import Edge, Traces
 from strace.figures import KIND_COLOURS, STYLE
 from strace.files import write_beside
-from strace.importance import weigh_edges
+from strace.importance import MEASURES, weigh_edges
 from strace.sampling import total_variation
 
 PICTURES = (".png", ".svg")
@@ -39,12 +39,14 @@ class Likely:
 
 @dataclass(frozen=True)
 class Shown:
-    """One trace: edges lead from level `step` to level `step + 1` of `levels`; `tv` is that of its masked run."""
+    """One trace: edges lead from level `step` to level `step + 1` of `levels`; `layers` holds each step's layer; `tv`
+    is that of the trace's masked run."""
 
     model: str
     prompt: str
     tokens: list[str]
     levels: int
+    layers: list[int]
     size: float
     all_edges: int
     edges: list[Edge]
@@ -57,11 +59,13 @@ def trace_prompt(model: str, prompt: str, size: float, importance: str = "l1", f
     """The trace of `size` of a prompt, and what the model says with it and without it.
 
     Raises:
-        BadAnalysis: for an empty or too long prompt, a size outside (0, 1] or so small that it holds no edge.
+        BadOption: for a size outside (0, 1], an importance or a format that does not exist.
+        BadAnalysis: for an empty or too long prompt, or a size so small that it holds no edge.
         BadCheckpoint, UnsupportedModel: see strace.checkpoint, strace.families.
     """
-    if not 0 < size <= 1:
-        raise BadAnalysis(f"size {size} is outside (0, 1]: a size is a share of a prompt's edges")
+    check_size(size)
+    check_choice("importance", importance, MEASURES)
+    check_choice("format", format, FORMATS)
     checkpoint = open_checkpoint(model)
     ids: list[int] = checkpoint.tokenizer(prompt, verbose=False)["input_ids"]
     limit = min(_MOST_TOKENS, checkpoint.spec.context)
@@ -88,6 +92,7 @@ def trace_prompt(model: str, prompt: str, size: float, importance: str = "l1", f
         prompt=prompt,
         tokens=[str(checkpoint.tokenizer.decode([i])) for i in ids],
         levels=len(traces.weights.steps) + 1,
+        layers=[step.layer for step in traces.weights.steps],
         size=size,
         all_edges=traces.total,
         edges=traces.edges(count),
@@ -108,17 +113,20 @@ def draw_trace(shown: Shown) -> Figure:
         # An MLP and a residual edge join the same two nodes; a small shift keeps both in sight.
         shift = {"mlp": 0.09, "residual": -0.09}.get(kind, 0.0)
         lines = [[(e.source + shift, e.step), (e.target + shift, e.step + 1)] for e in edges]
-        strength = np.sqrt([edge.weight / strongest for edge in edges])
-        axes.add_collection(
-            LineCollection(lines, colors=colour, alpha=0.15 + 0.85 * strength, linewidths=0.5 + 2 * strength)
-        )
+        if lines:
+            strength = np.sqrt([edge.weight / strongest for edge in edges])
+            axes.add_collection(
+                LineCollection(lines, colors=colour, alpha=0.15 + 0.85 * strength, linewidths=0.5 + 2 * strength)
+            )
     nodes = {(e.source, e.step) for e in shown.edges} | {(e.target, e.step + 1) for e in shown.edges}
     places, levels = zip(*nodes, strict=True)
     axes.scatter(places, levels, s=5, color="#1c2430", zorder=3, linewidth=0)
     axes.set_xlim(-0.6, across - 0.4)
     axes.set_ylim(-0.5, up - 0.5)
     axes.set_xticks(range(across), [_readable(token) for token in shown.tokens], rotation=60, ha="right", fontsize=7)
-    axes.set_ylabel("level of the residual stream")
+    starts = [step for step, layer in enumerate(shown.layers) if layer not in shown.layers[:step]]
+    axes.set_yticks([*starts, up - 1], [*(str(shown.layers[step]) for step in starts), "out"], fontsize=7)
+    axes.set_ylabel("the stream before layer")
     axes.grid(False)
     count = len(shown.edges)
     said = "; ".join(
@@ -139,14 +147,22 @@ def _readable(token: str) -> str:
     return named or "∅"
 
 
+def say_likeliest(shown: Shown) -> list[str]:
+    """A line each for the full model and the trace: their likeliest next tokens."""
+    return [
+        f"{name:10}  " + "  ".join(f"{likely.token!r} {likely.probability:.3f}" for likely in some)
+        for name, some in (("full model", shown.full), ("trace", shown.trace))
+    ]
+
+
 def save_trace(shown: Shown, picture: Path) -> Path:
     """Write the picture (PNG or SVG, by its name) and beside it the same as JSON; gives the JSON's path.
 
     Raises:
-        BadAnalysis: for another kind of picture.
+        BadOption: for another kind of picture.
     """
     if picture.suffix not in PICTURES:
-        raise BadAnalysis(f"{picture}: a picture ends in {' or '.join(PICTURES)}")
+        raise BadOption(f"{picture}: a picture ends in {' or '.join(PICTURES)}")
     picture.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         draw_trace(shown).savefig(picture, dpi=150)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from strace.checkpoint import Checkpoint
 from strace.decoder import Decoder, Layer
+from strace.files import file_beside, folder_beside
 from strace.keep import Kept, Plan, slice_decoder
 from strace.linear import Codes, Linear
 
@@ -167,15 +167,11 @@ def collect_tensors(subgraph: Decoder, kept: Kept) -> dict[str, Tensor]:
 def save_subgraph(folder: Path, manifest: Manifest, subgraph: Decoder, kept: Kept) -> Manifest:
     """Write a subgraph's folder beside `folder`, then put it in its place; the manifest with the tensors' hash is given
     back."""
-    beside = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(collect_tensors(subgraph, kept), beside / TENSORS)
-    (beside / TENSORS).chmod(0o644)  # safetensors writes files that only their owner can read
-    manifest = manifest.model_copy(update={"tensors_hash": _hash_file(beside / TENSORS)})
-    (beside / MANIFEST).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with folder_beside(folder) as beside:
+        with file_beside(beside / TENSORS) as file:
+            save_file(collect_tensors(subgraph, kept), file)
+        manifest = manifest.model_copy(update={"tensors_hash": _hash_file(beside / TENSORS)})
+        (beside / MANIFEST).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 

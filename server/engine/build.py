@@ -28,7 +28,8 @@ class Placement:
     """Where and how the full model runs.
 
     dtype: fp32, bf16 or auto, which is bf16 where the device computes in it. kv_memory: of the cache, in bytes.
-    compile: whether the torch runner's steps are; on, off or auto, which is on on CUDA.
+    runner: native, torch or auto, which is native on the CPU wherever it can be had. compile: whether the torch
+    runner's steps are; on, off or auto, which is on on CUDA.
     """
 
     device: str = "cpu"
@@ -36,6 +37,7 @@ class Placement:
     context: int | None = None
     max_memory: dict[int | str, int | str] | None = None
     kv_memory: int | None = None
+    runner: str = "auto"
     compile: str = "auto"
 
 
@@ -54,8 +56,8 @@ def build_engine(
 
     Raises:
         BadCheckpoint, UnsupportedModel, BadSubgraph: see strace.checkpoint, strace.families, strace.subgraph.
-        ValueError: for an unknown dtype, a device that cannot compile, or memory that does not hold one block of the
-            cache.
+        ValueError: for an unknown dtype, a runner that cannot be had, a device that cannot compile, or memory that does
+            not hold one block of the cache.
     """
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
@@ -67,7 +69,7 @@ def build_engine(
     if tokenizer is None:
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
     blocks = count_blocks(full, where.kv_memory, options.max_running)
-    runner = make_runner({FULL: full, **drafts}, blocks, compile=where.compile)
+    runner = make_runner({FULL: full, **drafts}, blocks, where.runner, where.compile)
     engine = Engine(
         runner,
         tokenizer,

@@ -173,10 +173,11 @@ def test_a_folder_begun_with_other_settings_is_refused(done: Options, change: di
         Analyst(replace(done, **change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["{", "{}", '{"index": 0}'])
-def test_a_broken_part_is_named_and_the_others_kept(copied: Options, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["{", "{}", '{"index": 0}', None])
+def test_a_broken_part_is_named_and_the_others_kept(copied: Options, damage: str | None) -> None:
     broken = copied.output / PARTS / "00001.json"
-    broken.write_text(damage)
+    content = broken.read_text()
+    broken.write_text(content[: len(content) // 2] if damage is None else damage)
     with pytest.raises(BadAnalysis, match=r"00001\.json is broken .*delete it and run again"):
         Analyst(copied).finished()
     broken.unlink()
@@ -193,6 +194,23 @@ def test_broken_states_and_a_changed_prompt_file_are_named(copied: Options) -> N
     copied.prompts.write_text(copied.prompts.read_text().replace("quick", "slow"))
     with pytest.raises(BadAnalysis, match=r"unigram_hash|another text"):
         Analyst(copied).finished()
+
+
+def test_a_part_of_another_model_or_settings_is_named(copied: Options, done: Options, tmp_path: Path) -> None:
+    other = replace(done, output=tmp_path / "other", seed=1, limit=2)
+    run(other)
+    for kind in ("json", "safetensors"):
+        (copied.output / PARTS / f"00001.{kind}").write_bytes((other.output / PARTS / f"00001.{kind}").read_bytes())
+    with pytest.raises(BadAnalysis, match=r"00001\.json is of an analysis with another model or settings"):
+        Analyst(copied).finished()
+
+
+def test_nothing_half_written_stays(done: Options) -> None:
+    names = {path.name for path in (done.output / PARTS).iterdir()}
+    assert names == {f"{i:05}.{kind}" for i in range(3) for kind in ("json", "safetensors")}
+    assert {(done.output / PARTS / name).stat().st_mode & 0o777 for name in names} == {
+        done.prompts.stat().st_mode & 0o777
+    }
 
 
 @pytest.mark.parametrize("sizes", [(), (0.0, 0.5), (0.5, 1.5), (-1.0,), (0.5, 0.1), (0.1, 0.1)])
@@ -258,21 +276,26 @@ def test_the_command_writes_rows_a_manifest_and_the_report(options: Options, mod
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "code", "named"),
     [
-        (["--sizes", "0.5,2"], "outside (0, 1]"),
-        (["--sizes", "half"], "could not convert"),
-        (["--words", "99"], f"{len(WORDS)} words, but prompts of 99"),
-        (["--importance", "l2"], "unknown importance 'l2'"),
-        (["--ablation", "noise"], "unknown ablation 'noise'"),
-        (["--format", "int4"], "unknown format 'int4'"),
+        (["--sizes", "0.5,2"], 2, "outside (0, 1]"),
+        (["--sizes", "0"], 2, "outside (0, 1]"),
+        (["--sizes", "half"], 2, "could not convert"),
+        (["--words", "99"], 1, f"{len(WORDS)} words, but prompts of 99"),
+        (["--importance", "l2"], 2, "unknown importance 'l2'"),
+        (["--ablation", "noise"], 2, "unknown ablation 'noise'"),
+        (["--format", "int4"], 2, "unknown format 'int4'"),
+        (["-o", "/dev/null/study"], 1, "cannot write to /dev/null/study"),
     ],
 )
-def test_the_command_names_what_is_wrong(options: Options, model: Path, changed: list[str], named: str) -> None:
+def test_the_command_names_what_is_wrong(
+    options: Options, model: Path, changed: list[str], code: int, named: str
+) -> None:
     arguments = ["analyze", str(model), "--prompts", str(options.prompts), "-o", str(options.output), "--words", "4"]
     result = runner.invoke(app, arguments + changed)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert named in result.output
+    assert not (options.output / model.name).exists()
 
 
 def test_the_command_names_an_unknown_model(options: Options) -> None:

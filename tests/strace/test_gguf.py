@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
@@ -41,10 +41,10 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, {name: field.contents() for name, field in reader.fields.items()}
 
 
-def rotate(x: torch.Tensor, pairs: bool) -> torch.Tensor:
+def rotate(x: torch.Tensor, position: int, pairs: bool) -> torch.Tensor:
     """x [heads, d] turned by angles that differ per dimension: neighbours with each other, or the halves."""
     heads, d = x.shape
-    angle = torch.linspace(0.1, 2, d // 2)
+    angle = position * torch.linspace(0.1, 2, d // 2)
     a, b = (x[:, 0::2], x[:, 1::2]) if pairs else (x[:, : d // 2], x[:, d // 2 :])
     turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
     return torch.stack(turned, 2).reshape(heads, d) if pairs else torch.cat(turned, 1)
@@ -53,8 +53,8 @@ def rotate(x: torch.Tensor, pairs: bool) -> torch.Tensor:
 def test_paired_rows_score_as_halves_do() -> None:
     heads, d, hidden = 3, 8, 16
     q, k, x = torch.randn(heads * d, hidden), torch.randn(heads * d, hidden), torch.randn(hidden)
-    plain = [rotate((w @ x).view(heads, d), pairs=False) for w in (q, k)]
-    paired = [rotate((pair_rows(w, d) @ x).view(heads, d), pairs=True) for w in (q, k)]
+    plain = [rotate((w @ x).view(heads, d), place, pairs=False) for place, w in enumerate((q, k))]
+    paired = [rotate((pair_rows(w, d) @ x).view(heads, d), place, pairs=True) for place, w in enumerate((q, k))]
     torch.testing.assert_close((paired[0] * paired[1]).sum(1), (plain[0] * plain[1]).sum(1))
 
 
@@ -82,6 +82,8 @@ def test_weights_are_those_of_the_checkpoint(tmp_path: Path, family: str, archit
             assert torch.equal(tensors[f"blk.1.attn_{part}.bias"], expected)
     assert torch.equal(tensors["blk.2.ffn_down.weight"], weights["model.layers.2.mlp.down_proj.weight"])
     assert torch.equal(tensors["output.weight"], weights["lm_head.weight"])
+    assert tensors["output.weight"].dtype == torch.bfloat16
+    assert tensors["output_norm.weight"].dtype == torch.float32
     assert torch.equal(tensors["output_norm.weight"], weights["model.norm.weight"].float())
 
 
@@ -167,13 +169,17 @@ def test_refuses_tokenizers_that_are_not_byte_level(tmp_path: Path) -> None:
         convert(str(folder), tmp_path / "model.gguf")
 
 
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model")
-    weights = load_file(folder / SINGLE)
-    save_file({n: t for n, t in weights.items() if "layers.2.mlp.down" not in n}, folder / SINGLE)
-    with pytest.raises(ValueError, match="lacks the weight"):
-        convert(str(folder), tmp_path / "model.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(writer: GGUFWriter) -> None:
+        raise OSError("disk full")
+
+    folder, output = save_tiny(tmp_path / "model"), tmp_path / "model.gguf"
+    output.write_text("the one before")
+    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        convert(str(folder), output)
+    assert output.read_text() == "the one before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
 
 
 def test_command(tmp_path: Path) -> None:

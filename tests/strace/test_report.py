@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.tiny import save_tiny
 
 SIZES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 1.0)
 PROMPTS = 6
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,33 @@ def test_every_figure_is_in_the_page_and_beside_it(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "figures").iterdir()) == sorted(names)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
     assert page.tags.count("svg") == len(names)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_chromium_shows_the_page_without_an_error(folder: Path, width: int) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    wrong: list[str] = []
+    with playwright.sync_playwright() as driver:
+        # No sandbox: as root, in a container, Chromium does not start with one. The page is our own.
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+        page.on("request", lambda request: wrong.append(f"asked: {request.url}") if is_outside(request.url) else None)
+        page.goto((folder / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = page.evaluate("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
+        browser.close()
+    assert wrong == []
+    # Drawn at its own size, whatever the screen's: a squeezed figure cannot be read.
+    assert len(boxes) == 2 * len(PLOTS) + 1
+    assert min(boxes) > 300
+
+
+def is_outside(url: str) -> bool:
+    return not url.startswith(("data:", "file:"))
 
 
 def test_clip_paths_of_two_figures_never_share_a_name(folder: Path) -> None:

@@ -51,6 +51,12 @@ def test_the_picture_has_a_line_per_edge_and_a_label_per_token(model: str) -> No
     assert len(axes.get_xticklabels()) == len(shown.tokens)
 
 
+def test_a_trace_of_one_kind_of_edge_is_drawn(model: str, tmp_path: Path) -> None:
+    shown = trace_prompt(model, "abcdefgh", 4e-3)
+    assert len({edge.kind for edge in shown.edges}) == 1
+    save_trace(shown, tmp_path / "x.svg")
+
+
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_the_command_writes_a_picture_and_json(model: str, tmp_path: Path, kind: str) -> None:
     picture = tmp_path / "new" / f"trace.{kind}"
@@ -58,6 +64,9 @@ def test_the_command_writes_a_picture_and_json(model: str, tmp_path: Path, kind:
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG" if kind == "png" else b"<?xml")
     record = json.loads(picture.with_suffix(".json").read_text())
+    full, traced = result.output.splitlines()[:2]
+    assert full.startswith(f"full model  {record['full'][0]['token']!r} {record['full'][0]['probability']:.3f}")
+    assert traced.startswith(f"trace       {record['trace'][0]['token']!r}")
     assert record["columns"] == ["step", "layer", "kind", "head", "target", "source", "weight"]
     assert f"{len(record['edges']):,} of {record['all_edges']:,} edges" in result.output
     edges = [dict(zip(record["columns"], edge, strict=True)) for edge in record["edges"]]
@@ -68,21 +77,29 @@ def test_the_command_writes_a_picture_and_json(model: str, tmp_path: Path, kind:
         reached.add((edge["step"], edge["source"]))
 
 
+def test_the_command_says_when_no_path_fits(model: str, tmp_path: Path) -> None:
+    for size, said in (("0.004", True), ("0.5", False)):
+        result = runner.invoke(app, ["show", model, "abcdefgh", "--size", size, "-o", str(tmp_path / "x.png")])
+        assert ("a path from the embeddings to the output has 6 edges" in result.output) == said
+
+
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "code", "named"),
     [
-        (["", "--size", "0.1"], "the prompt has 0 tokens"),
-        (["x" * 300, "--size", "0.1"], "the prompt has 300 tokens; a picture is drawn of 1 to 256"),
-        (["abc", "--size", "0"], "outside (0, 1]"),
-        (["abc", "--size", "1.5"], "outside (0, 1]"),
-        (["abc", "--size", "1e-9"], "holds none"),
-        (["abc", "--size", "0.1", "-o", "x.pdf"], "a picture ends in .png or .svg"),
-        (["abc", "--size", "0.1", "--importance", "l3"], "unknown importance 'l3'"),
+        (["", "--size", "0.1"], 1, "the prompt has 0 tokens"),
+        (["x" * 300, "--size", "0.1"], 1, "the prompt has 300 tokens; a picture is drawn of 1 to 256"),
+        (["abc", "--size", "0"], 2, "outside (0, 1]"),
+        (["abc", "--size", "1.5"], 2, "outside (0, 1]"),
+        (["abc", "--size", "nan"], 2, "outside (0, 1]"),
+        (["abc", "--size", "1e-9"], 1, "holds none"),
+        (["abc", "--size", "0.1", "-o", "x.pdf"], 2, "a picture ends in .png or .svg"),
+        (["abc", "--size", "0.1", "--importance", "l3"], 2, "unknown importance 'l3'"),
+        (["abc", "--size", "0.1", "--format", "int4"], 2, "unknown format 'int4'"),
     ],
 )
-def test_the_command_names_what_is_wrong(model: str, arguments: list[str], named: str) -> None:
+def test_the_command_names_what_is_wrong(model: str, arguments: list[str], code: int, named: str) -> None:
     result = runner.invoke(app, ["show", model, *arguments])
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert named in result.output
 
 

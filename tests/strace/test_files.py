@@ -1,0 +1,52 @@
+"""Files and folders take their place whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from strace.files import file_beside, folder_beside, write_beside
+
+Beside = Callable[[Path], AbstractContextManager[Path]]
+
+
+def test_a_text_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for text in ("one", "zwölf"):
+        write_beside(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_has_the_permissions_of_any_new_file_whoever_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with file_beside(tmp_path / "a.safetensors") as beside:
+        save_file({"x": np.zeros(1)}, beside)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_replaces_what_was_there_and_a_leftover(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    for name in ("one", "two"):
+        leftover = path.with_name(".a.partial")
+        leftover.mkdir(parents=True)
+        (leftover / "old").touch()
+        with folder_beside(path) as beside:
+            (beside / name).touch()
+        assert [child.name for child in path.iterdir()] == [name]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("beside", [file_beside, folder_beside])
+def test_after_an_error_the_old_one_stays_and_nothing_else(tmp_path: Path, beside: Beside) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyError), beside(path):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
