@@ -144,6 +144,7 @@ def draw_trace(shown: Shown) -> Figure:
 def _readable(token: str) -> str:
     """A token as a label: white space made visible, and no $, which would begin a formula."""
     named = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣").replace("$", r"\$")
+    named = "".join(c if c.isprintable() else "�" for c in named)
     return named or "∅"
 
 
