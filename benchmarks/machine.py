@@ -16,9 +16,9 @@ import transformers
 
 from server import bench
 from server.bench import spread
-from strace.costs import name_processor, read_bandwidth
+from strace.costs import name_processor
 
-__all__ = ["describe", "finish", "read_bandwidth", "read_prompts", "require_idle", "spread"]
+__all__ = ["describe", "finish", "read_prompts", "require_idle", "spread"]
 
 
 def require_idle() -> float:

@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 from lineup import ENGINES, FULL, REFERENCE, Entry, Model, list_entries, open_model, prepare
-from machine import describe, finish, read_bandwidth, require_idle, spread
+from machine import describe, finish, require_idle, spread
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES
 from workers import PEERS_PYTHON, Worker, start
 
 from strace.checkpoint import EMBEDDED
+from strace.costs import read_bandwidth
 
 PROGRESS = Console(stderr=True)
 # (sequences, tokens of each, context) of our own passes.
