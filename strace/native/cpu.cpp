@@ -4,11 +4,16 @@
 
 #include "kernels.h"
 
+#if defined(STRACE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace strace {
 
 extern const Kernels PORTABLE;
 #if defined(__x86_64__)
-extern const Kernels AVX512, AVX2;
+extern const Kernels AMX, AVX512, AVX2;
 #endif
 
 namespace {
@@ -18,12 +23,24 @@ bool wanted(const Kernels &kernels) {
   return !asked || !*asked || std::strcmp(asked, kernels.name) == 0;
 }
 
+#if defined(STRACE_AMX)
+// Linux saves tile registers only of processes that have asked for them.
+bool permit_tiles() {
+  constexpr int REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+}
+#endif
+
 const Kernels &choose() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#if defined(STRACE_AMX)
+  const bool amx = avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  if (amx && wanted(AMX) && permit_tiles()) return AMX;
+#endif
   if (avx512 && wanted(AVX512)) return AVX512;
   if (avx2 && wanted(AVX2)) return AVX2;
 #endif

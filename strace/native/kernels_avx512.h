@@ -1,0 +1,197 @@
+// The formats of AVX-512 with bf16 and VNNI: a vector is 16 output rows by 4 bytes of inputs. Included by the
+// kernels_*.cpp of the instruction sets that have it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "tiles.h"
+
+namespace strace {
+namespace {
+
+constexpr int VECTORS = PANEL / 16;
+
+inline __m512i broadcast(const uint8_t *four) {
+  int32_t value;
+  memcpy(&value, four, sizeof value);
+  return _mm512_set1_epi32(value);
+}
+
+template <int T>
+inline void load_sums(const float *sums, __m512 (&into)[T][VECTORS]) {
+  for (int t = 0; t < T; t++)
+    for (int v = 0; v < VECTORS; v++) into[t][v] = _mm512_load_ps(sums + t * PANEL + v * 16);
+}
+
+template <int T>
+inline void store_sums(const __m512 (&from)[T][VECTORS], float *sums) {
+  for (int t = 0; t < T; t++)
+    for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sums + t * PANEL + v * 16, from[t][v]);
+}
+
+struct Fp32 {
+  static constexpr int FORMAT = ST_FP32, TOKENS = 8, STEPS = 32;
+  static constexpr size_t ACTIVATION_BYTES = 4 * STEPS;
+
+  static void prepare(const float *x, void *out) { memcpy(out, x, ACTIVATION_BYTES); }
+  static __m512 dot(__m512 sum, __m512i weights, __m512i x) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(weights), _mm512_castsi512_ps(x), sum);
+  }
+  template <int T>
+  static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums);
+};
+
+struct Bf16 {
+  static constexpr int FORMAT = ST_BF16, TOKENS = 8, STEPS = 16;
+  static constexpr size_t ACTIVATION_BYTES = 4 * STEPS;
+
+  static void prepare(const float *x, void *out) {
+    __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+    _mm512_storeu_si512(out, (__m512i)both);
+  }
+  static __m512 dot(__m512 sum, __m512i weights, __m512i x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x);
+  }
+  template <int T>
+  static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums);
+};
+
+template <class Dense, int T>
+inline void add_dense(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
+  __m512 sum[T][VECTORS];
+  load_sums(sums, sum);
+  for (int step = 0; step < groups * Dense::STEPS; step++, weights += STEP_BYTES, x += 4) {
+    __m512i w[VECTORS];
+    for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(weights + 64 * v);
+    for (int t = 0; t < T; t++) {
+      __m512i one = broadcast(x + t * stride);
+      for (int v = 0; v < VECTORS; v++) sum[t][v] = Dense::dot(sum[t][v], w[v], one);
+    }
+  }
+  store_sums(sum, sums);
+}
+
+template <int T>
+void Fp32::add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
+  add_dense<Fp32, T>(weights, x, stride, groups, sums);
+}
+
+template <int T>
+void Bf16::add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
+  add_dense<Bf16, T>(weights, x, stride, groups, sums);
+}
+
+// One token's group on its int8 grid, and where its int32 sums start: what the offset of the stored codes adds, taken
+// off beforehand.
+struct Codes {
+  float scale;
+  int32_t start;
+  int8_t codes[GROUP];
+};
+
+inline void prepare_codes(const float *x, int offset, void *out) {
+  __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+  float scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high))) / 127;
+  Codes made{scale, 0, {}};
+  if (scale > 0) {
+    __m512i first = _mm512_cvtps_epi32(_mm512_div_ps(low, _mm512_set1_ps(scale)));
+    __m512i second = _mm512_cvtps_epi32(_mm512_div_ps(high, _mm512_set1_ps(scale)));
+    made.start = -offset * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(made.codes), _mm512_cvtsepi32_epi8(first));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(made.codes + 16), _mm512_cvtsepi32_epi8(second));
+  }
+  memcpy(out, &made, sizeof made);
+}
+
+template <int T>
+inline void start_group(const uint8_t *x, size_t stride, __m512i (&sum)[T][VECTORS]) {
+  for (int t = 0; t < T; t++) {
+    __m512i start = broadcast(x + t * stride + offsetof(Codes, start));
+    for (int v = 0; v < VECTORS; v++) sum[t][v] = start;
+  }
+}
+
+// One step of 4 inputs for all tokens.
+template <int T>
+inline void add_step(const __m512i (&weights)[VECTORS], const uint8_t *x, size_t stride, int step,
+                     __m512i (&sum)[T][VECTORS]) {
+  for (int t = 0; t < T; t++) {
+    __m512i four = broadcast(x + t * stride + offsetof(Codes, codes) + 4 * step);
+    for (int v = 0; v < VECTORS; v++) sum[t][v] = _mm512_dpbusd_epi32(sum[t][v], weights[v], four);
+  }
+}
+
+struct Int8 {
+  static constexpr int FORMAT = ST_INT8, TOKENS = 6;
+  static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
+
+  static void prepare(const float *x, void *out) { prepare_codes(x, INT8_OFFSET, out); }
+
+  template <int T>
+  static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
+    __m512 sum[T][VECTORS];
+    load_sums(sums, sum);
+    for (int g = 0; g < groups; g++, weights += group_bytes(FORMAT), x += ACTIVATION_BYTES) {
+      __m512i exact[T][VECTORS];
+      start_group(x, stride, exact);
+#pragma GCC unroll 8
+      for (int step = 0; step < 8; step++) {
+        __m512i w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(weights + step * STEP_BYTES + 64 * v);
+        add_step(w, x, stride, step, exact);
+      }
+      for (int t = 0; t < T; t++) {
+        __m512 scale = _mm512_castsi512_ps(broadcast(x + t * stride));
+        for (int v = 0; v < VECTORS; v++) sum[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[t][v]), scale, sum[t][v]);
+      }
+    }
+    store_sums(sum, sums);
+  }
+};
+
+struct Int4 {
+  static constexpr int FORMAT = ST_INT4, TOKENS = 6;
+  static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
+
+  static void prepare(const float *x, void *out) { prepare_codes(x, INT4_OFFSET, out); }
+
+  static __m512 widen(const uint8_t *bf16) {
+    __m512i half = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bf16)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
+  }
+
+  template <int T>
+  static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
+    const __m512i low_half = _mm512_set1_epi8(15);
+    __m512 sum[T][VECTORS];
+    load_sums(sums, sum);
+    for (int g = 0; g < groups; g++, weights += group_bytes(FORMAT), x += ACTIVATION_BYTES) {
+      __m512i exact[T][VECTORS];
+      start_group(x, stride, exact);
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 4; pair++) {
+        __m512i even[VECTORS], odd[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+          __m512i both = _mm512_loadu_si512(weights + INT4_SCALE_BYTES + pair * STEP_BYTES + 64 * v);
+          even[v] = _mm512_and_si512(both, low_half);
+          odd[v] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+        }
+        add_step(even, x, stride, 2 * pair, exact);
+        add_step(odd, x, stride, 2 * pair + 1, exact);
+      }
+      __m512 scales[VECTORS];
+      for (int v = 0; v < VECTORS; v++) scales[v] = widen(weights + 32 * v);
+      for (int t = 0; t < T; t++) {
+        __m512 scale = _mm512_castsi512_ps(broadcast(x + t * stride));
+        for (int v = 0; v < VECTORS; v++)
+          sum[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[t][v]), _mm512_mul_ps(scales[v], scale), sum[t][v]);
+      }
+    }
+    store_sums(sum, sums);
+  }
+};
+
+}  // namespace
+}  // namespace strace
