@@ -26,7 +26,6 @@ constexpr int WIDTH = 8;
 constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
-constexpr int MOST_VECTORS = MOST_HEAD_DIM / LANES;
 
 typedef float Native __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Integer __attribute__((vector_size(4 * WIDTH)));
@@ -99,19 +98,27 @@ inline void store_some(Float x, float *y, int count) {
 }
 
 inline float sum(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x.part[0]);
+#else
   float all[LANES];
   store(x, all);
   for (int step = LANES / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) all[i] += all[i + step];
   return all[0];
+#endif
 }
 
 inline float largest(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x.part[0]);
+#else
   float all[LANES];
   store(x, all);
   for (int step = LANES / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) all[i] = all[i] > all[i + step] ? all[i] : all[i + step];
   return all[0];
+#endif
 }
 
 // y[i] = f(x[i]).
@@ -253,144 +260,217 @@ void store_row(int format, int size, const float *from, void *to) {
   }
 }
 
-// One block's entries of a head as float32, [BLOCK, padded(head_dim)].
-template <class T>
-inline void expand(const void *block, int first, int last, int head_dim, float *out) {
-  const int pitch = padded(head_dim);
-  for (int p = first; p < last; ++p) {
-    const T *row = static_cast<const T *>(block) + p * head_dim;
-    int i = 0;
-    for (; i + LANES <= head_dim; i += LANES) store(load(row + i), out + p * pitch + i);
-    if (i < head_dim) store(load_some(row + i, head_dim - i), out + p * pitch + i);
-  }
-}
-
 #if defined(__AVX512F__)
-// Two vectors whose neighbours, STEP apart, are added: lanes of a where bit STEP is 0, of b where it is 1.
+// Neighbours STEP apart are added: those of a go to the lanes where bit STEP of the number is 0, those of b to the others.
 template <int STEP>
-inline __m512 fold(__m512 a, __m512 b) {
-  const auto lane = [](int i, int bit) { return (i & STEP ? 16 : 0) + (i & ~STEP) + bit; };
-#define STRACE_LANES(bit)                                                                                            \
-  _mm512_setr_epi32(lane(0, bit), lane(1, bit), lane(2, bit), lane(3, bit), lane(4, bit), lane(5, bit), lane(6, bit), \
-                    lane(7, bit), lane(8, bit), lane(9, bit), lane(10, bit), lane(11, bit), lane(12, bit),           \
-                    lane(13, bit), lane(14, bit), lane(15, bit))
-  return _mm512_add_ps(_mm512_permutex2var_ps(a, STRACE_LANES(0), b), _mm512_permutex2var_ps(a, STRACE_LANES(STEP), b));
-#undef STRACE_LANES
+inline Float fold(Float a, Float b) {
+  alignas(64) int32_t first[LANES], second[LANES];
+  for (int i = 0; i < LANES; ++i) {
+    first[i] = (i & STEP ? LANES : 0) + (i & ~STEP);
+    second[i] = first[i] + STEP;
+  }
+  const __m512 x = (__m512)a.part[0], y = (__m512)b.part[0];
+  return {{(Native)_mm512_add_ps(_mm512_permutex2var_ps(x, _mm512_load_si512(first), y),
+                                 _mm512_permutex2var_ps(x, _mm512_load_si512(second), y))}};
 }
 #endif
 
-// The sums of 16 vectors, one in each lane; `vector(i)` gives them.
-template <class Vector>
-inline Float sums_of(Vector vector) {
+// The sums of four vectors, on the way to lanes of their own.
+inline Float sum_four(const Float &a, const Float &b, const Float &c, const Float &d) {
 #if defined(__AVX512F__)
-  const auto fold1 = [&](int i) { return fold<1>((__m512)vector(i).part[0], (__m512)vector(i + 1).part[0]); };
-  const auto fold2 = [&](int i) { return fold<2>(fold1(i), fold1(i + 2)); };
-  const auto fold4 = [&](int i) { return fold<4>(fold2(i), fold2(i + 4)); };
-  return Float{{(Native)fold<8>(fold4(0), fold4(8))}};
+  return fold<2>(fold<1>(a, b), fold<1>(c, d));
 #else
-  float all[LANES];
-  for (int i = 0; i < LANES; ++i) {
-    const Float x = vector(i);
-    Native folded = x.part[0];
-    for (int j = 1; j < PARTS; ++j) folded += x.part[j];
-    float lanes[WIDTH];
-    std::memcpy(lanes, &folded, sizeof lanes);
-    for (int step = WIDTH / 2; step; step /= 2)
-      for (int l = 0; l < step; ++l) lanes[l] += lanes[l + step];
-    all[i] = lanes[0];
-  }
+  const float sums[4] = {sum(a), sum(b), sum(c), sum(d)};
+  return load_some(sums, 4);
+#endif
+}
+
+// From four results of sum_four, 16 sums in order.
+inline Float join_sums(const Float &a, const Float &b, const Float &c, const Float &d) {
+#if defined(__AVX512F__)
+  return fold<8>(fold<4>(a, b), fold<4>(c, d));
+#else
+  float all[4 * LANES];
+  store(a, all), store(b, all + 4), store(c, all + 8), store(d, all + 12);
   return load(all);
 #endif
 }
 
-// One query against the 16 keys from `keys` on.
-inline Float score(const float *query, const float *keys, int vectors) {
-  const int pitch = vectors * LANES;
-  return sums_of([&](int i) {
-    const float *key = keys + i * pitch;
-    Float r = load(query) * load(key);
-    for (int v = 1; v < vectors; ++v) r = fma(load(query + v * LANES), load(key + v * LANES), r);
-    return r;
-  });
-}
+// Q query heads of one token; they read the same positions.
+template <int Q>
+struct Queries {
+  const float *queries[Q];
+  float *mixed[Q];
+  float scores[Q][BLOCK];
+};
 
-// mixed = mixed * decay + the values of positions [first, last), weighted.
-template <int COUNT>
-inline void mix_vectors(const float *weights, int first, int last, const float *values, int pitch, float decay,
-                        float *mixed) {
-  Float sums[COUNT];
-  for (int v = 0; v < COUNT; ++v) sums[v] = load(mixed + v * LANES) * set(decay);
-  for (int p = first; p < last; ++p) {
-    const Float weight = set(weights[p]);
-    for (int v = 0; v < COUNT; ++v) sums[v] = fma(weight, load(values + p * pitch + v * LANES), sums[v]);
+// Every query against the 16 keys from `keys` on, `size` numbers each.
+template <int Q, class T>
+inline void score(Queries<Q> &at, const T *keys, int size, int place) {
+  Float fours[4][Q];
+  for (int four = 0; four < 4; ++four) {
+    Float sums[4][Q];
+    for (int p = 0; p < 4; ++p)
+      for (int q = 0; q < Q; ++q) sums[p][q] = set(0);
+    for (int i = 0; i < size; i += LANES) {
+      Float query[Q];
+      for (int q = 0; q < Q; ++q) query[q] = load(at.queries[q] + i);
+      for (int p = 0; p < 4; ++p) {
+        const Float key = load(keys + (four * 4 + p) * size + i);
+        for (int q = 0; q < Q; ++q) sums[p][q] = fma(query[q], key, sums[p][q]);
+      }
+    }
+    for (int q = 0; q < Q; ++q) fours[four][q] = sum_four(sums[0][q], sums[1][q], sums[2][q], sums[3][q]);
   }
-  for (int v = 0; v < COUNT; ++v) store(sums[v], mixed + v * LANES);
+  for (int q = 0; q < Q; ++q)
+    store(join_sums(fours[0][q], fours[1][q], fours[2][q], fours[3][q]), at.scores[q] + place);
 }
 
-// One query over the positions [first, last) of a block: softmax so far, carried on.
-void attend_block(const Span &span, const float *query, const float *keys, const float *values, int first, int last,
-                  float *mixed) {
-  const int pitch = padded(span.head_dim), vectors = pitch / LANES;
-  float scores[BLOCK];
-  float &most = mixed[pitch], &weight = mixed[pitch + 1];
-  Float highest = set(-FLT_MAX);
+// Adds the values of positions [first, last), weighted, to COUNT vectors of what was mixed before.
+template <int COUNT, int Q, class T>
+inline void mix(Queries<Q> &at, const float *decays, int first, int last, const T *values, int size, int i) {
+  Float sums[Q][COUNT];
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < COUNT; ++v) sums[q][v] = load(at.mixed[q] + i + v * LANES) * set(decays[q]);
+  for (int p = first; p < last; ++p)
+    for (int v = 0; v < COUNT; ++v) {
+      const Float value = load(values + p * size + i + v * LANES);
+      for (int q = 0; q < Q; ++q) sums[q][v] = fma(set(at.scores[q][p]), value, sums[q][v]);
+    }
+  for (int q = 0; q < Q; ++q)
+    for (int v = 0; v < COUNT; ++v) store(sums[q][v], at.mixed[q] + i + v * LANES);
+}
+
+// Scores become weights under the greatest score so far. Gives what earlier sums count less by.
+inline float weigh_scores(float *scores, int first, int last, float cap, float &most, float &weight) {
+  Float highest = set(-FLT_MAX), sums = set(0);
   for (int half = 0; half < BLOCK; half += LANES) {
     if (last <= half || first >= half + LANES) continue;
-    Float s = score(query, keys + half * pitch, vectors);
-    if (span.cap != 0) s = capped(span.cap, s);
-    store(s, scores + half);
+    if (cap != 0) store(capped(cap, load(scores + half)), scores + half);
     if (first > half || last < half + LANES)
       for (int p = half; p < half + LANES; ++p)
         if (p < first || p >= last) scores[p] = -FLT_MAX;
     highest = larger(highest, load(scores + half));
   }
   const float now = largest(highest), next = now > most ? now : most;
-  const float decay = exponential(most - next);
-  Float sums = set(0);
+  const float decay = next == most ? 1 : exponential(most - next);
   for (int half = 0; half < BLOCK; half += LANES) {
     if (last <= half || first >= half + LANES) continue;
-    const Float w = exponential(load(scores + half) - set(next));
-    store(w, scores + half);
-    sums = sums + w;
+    const Float weights = exponential(load(scores + half) - set(next));
+    store(weights, scores + half);
+    sums = sums + weights;
   }
   weight = weight * decay + sum(sums);
   most = next;
-  int v = 0;
-  for (; v + 4 <= vectors; v += 4)
-    mix_vectors<4>(scores, first, last, values + v * LANES, pitch, decay, mixed + v * LANES);
-  for (; v < vectors; ++v) mix_vectors<1>(scores, first, last, values + v * LANES, pitch, decay, mixed + v * LANES);
+  return decay;
 }
 
-void attend(const Span &span) {
+// Softmax over the positions [first, last) of a block, carried on from those before.
+template <int Q, class T>
+inline void attend_block(const float *queries, int pitch, float *mixed, size_t stride, float cap, const T *keys,
+                         const T *values, int size, int first, int last) {
+  Queries<Q> at;
+  float decays[Q];
+  for (int q = 0; q < Q; ++q) at.queries[q] = queries + q * pitch, at.mixed[q] = mixed + q * stride;
+  for (int half = 0; half < BLOCK; half += LANES)
+    if (last > half && first < half + LANES) score(at, keys + half * size, size, half);
+  for (int q = 0; q < Q; ++q) {
+    float *sums = at.mixed[q] + pitch;
+    decays[q] = weigh_scores(at.scores[q], first, last, cap, sums[0], sums[1]);
+  }
+  int i = 0;
+  for (; i + 4 * LANES <= size; i += 4 * LANES) mix<4>(at, decays, first, last, values, size, i);
+  for (; i < size; i += LANES) mix<1>(at, decays, first, last, values, size, i);
+}
+
+// All heads of one token over a block.
+template <class T>
+inline void attend_heads(const Span &span, const float *queries, float *mixed, const T *keys, const T *values, int size,
+                         int first, int last) {
   const int pitch = padded(span.head_dim);
-  alignas(64) float keys[BLOCK * MOST_HEAD_DIM], values[BLOCK * MOST_HEAD_DIM];
-  std::memset(keys, 0, BLOCK * pitch * sizeof(float));
+  for (int h = 0; h < span.heads;) {
+    const auto run = [&](auto attend, int heads) {
+      attend(queries + h * pitch, pitch, mixed + h * span.head_stride, span.head_stride, span.cap, keys, values, size,
+             first, last);
+      h += heads;
+    };
+    switch (span.heads - h) {
+      case 1: run(attend_block<1, T>, 1); break;
+      case 2: run(attend_block<2, T>, 2); break;
+      case 3: run(attend_block<3, T>, 3); break;
+      default: run(attend_block<4, T>, 4);
+    }
+  }
+}
+
+// One block's entries of a head as float32, [BLOCK, padded(head_dim)].
+inline void expand(int format, const char *block, int first, int last, int head_dim, float *out) {
+  const auto expand_rows = [&](const auto *rows) {
+    const int pitch = padded(head_dim);
+    for (int p = first; p < last; ++p)
+      for (int i = 0; i < head_dim; i += LANES) {
+        const int count = head_dim - i < LANES ? head_dim - i : LANES;
+        const auto *from = rows + p * head_dim + i;
+        store(count == LANES ? load(from) : load_some(from, count), out + p * pitch + i);
+      }
+  };
+  if (format == ST_BF16) return expand_rows(reinterpret_cast<const uint16_t *>(block));
+  expand_rows(reinterpret_cast<const float *>(block));
+}
+
+// The positions of the block from `base` on that token t reads in this span; none where first is not below last.
+struct Positions {
+  int first, last;
+};
+
+inline Positions positions_of(const Span &span, int t, int base) {
+  const int position = span.start + t, from = span.window ? position - span.window + 1 : 0;
+  const int first = (from > span.first ? from : span.first) - base;
+  const int last = (position + 1 < span.last ? position + 1 : span.last) - base;
+  return {first > 0 ? first : 0, last < BLOCK ? last : BLOCK};
+}
+
+template <class T>
+inline void attend_tokens(const Span &span, int base, const T *keys, const T *values, int size) {
+  for (int t = 0; t < span.tokens; ++t) {
+    const Positions at = positions_of(span, t, base);
+    if (at.first < at.last)
+      attend_heads(span, span.queries + t * span.heads * padded(span.head_dim), span.mixed + t * span.token_stride, keys,
+                   values, size, at.first, at.last);
+  }
+}
+
+void start_mixing(const Span &span) {
+  const int pitch = padded(span.head_dim);
   for (int t = 0; t < span.tokens; ++t)
     for (int h = 0; h < span.heads; ++h) {
       float *mixed = span.mixed + t * span.token_stride + h * span.head_stride;
       std::memset(mixed, 0, (pitch + 2) * sizeof(float));
       mixed[pitch] = -FLT_MAX;
     }
-  const auto first_of = [&](int position) {
-    const int from = span.window ? position - span.window + 1 : 0;
-    return from > span.first ? from : span.first;
-  };
-  const auto least = [](int a, int b) { return a < b ? a : b; };
-  const int first = first_of(span.start), last = least(span.last, span.start + span.tokens);
+}
+
+void attend(const Span &span) {
+  start_mixing(span);
+  const int size = span.head_dim, pitch = padded(size), end = span.start + span.tokens;
+  const int first = span.window && span.start - span.window + 1 > span.first ? span.start - span.window + 1 : span.first;
+  const int last = end < span.last ? end : span.last;
+  // Entries that few queries read are widened on the way; for more it is done once.
+  const bool as_stored = size == pitch && (span.format == ST_FP32 || span.tokens * span.heads <= 4);
   for (int base = first / BLOCK * BLOCK; base < last; base += BLOCK) {
-    const int from = base > first ? 0 : first - base, to = least(BLOCK, last - base);
     const size_t place = span.table[base / BLOCK] * span.block_bytes;
-    const char *key_block = static_cast<const char *>(span.keys) + place;
-    const char *value_block = static_cast<const char *>(span.values) + place;
-    const auto read = span.format == ST_BF16 ? expand<uint16_t> : expand<float>;
-    read(key_block, from, to, span.head_dim, keys);
-    read(value_block, from, to, span.head_dim, values);
-    for (int t = 0; t < span.tokens; ++t) {
-      const int position = span.start + t, begin = first_of(position) - base, end = least(to, position + 1 - base);
-      if (begin >= end) continue;
-      for (int h = 0; h < span.heads; ++h)
-        attend_block(span, span.queries + (t * span.heads + h) * pitch, keys, values, begin > 0 ? begin : 0, end,
-                     span.mixed + t * span.token_stride + h * span.head_stride);
+    const char *keys = static_cast<const char *>(span.keys) + place;
+    const char *values = static_cast<const char *>(span.values) + place;
+    if (as_stored && span.format == ST_FP32) {
+      attend_tokens(span, base, reinterpret_cast<const float *>(keys), reinterpret_cast<const float *>(values), size);
+    } else if (as_stored) {
+      attend_tokens(span, base, reinterpret_cast<const uint16_t *>(keys), reinterpret_cast<const uint16_t *>(values), size);
+    } else {
+      alignas(64) float wide_keys[BLOCK * MOST_HEAD_DIM], wide_values[BLOCK * MOST_HEAD_DIM];
+      const int count = last - base < BLOCK ? last - base : BLOCK;
+      expand(span.format, keys, 0, BLOCK, size, wide_keys);
+      expand(span.format, values, 0, count, size, wide_values);
+      attend_tokens(span, base, wide_keys, wide_values, pitch);
     }
   }
 }
