@@ -1,6 +1,8 @@
-// Kernels for AVX-512 with AMX: bf16 matrices are multiplied in tiles of 16 tokens by 16 output rows, so that a pass over
-// 16 tokens computes hardly longer than one over a single token. One token goes the same way, because AMX rounds its sums
-// in another order than AVX-512 does, and a row's bits must not depend on what shares the pass.
+// Kernels for AVX-512 with AMX: bf16 matrices are multiplied in tiles of 16 tokens by 16 output rows, so that 16 tokens
+// cost little more arithmetic than one. A single token goes the same way, because AMX adds in another order than AVX-512
+// does, and a row's bits must not depend on what shares the pass.
+#include <atomic>
+
 #include "kernels_avx512.h"
 
 namespace strace {
@@ -24,16 +26,43 @@ struct alignas(64) TileConfig {
   }
 };
 
+// Made beforehand: the compiler does not know how much of it the instruction reads, and could leave a local one half made.
+struct TileConfigs {
+  TileConfig of[2 * TILE_ROWS];
+};
+
+template <int... Minus>
+constexpr TileConfigs make_configs(std::integer_sequence<int, Minus...>) {
+  return {{TileConfig(Minus + 1)...}};
+}
+
+constexpr TileConfigs CONFIGS = make_configs(std::make_integer_sequence<int, 2 * TILE_ROWS>{});
+
+// The tile registers of a thread. Loading their shapes costs a tenth of a small panel, so it is done when they change.
+class TileRegisters {
+ public:
+  void fit(int tokens) {
+    if (tokens == tokens_) return;
+    tokens_ = tokens;
+    _tile_loadconfig(&CONFIGS.of[tokens - 1]);
+  }
+  ~TileRegisters() { _tile_release(); }
+
+ private:
+  int tokens_ = 0;
+};
+
 struct TiledBf16 : Bf16 {
   static constexpr int TOKENS = 2 * TILE_ROWS;
+  using State = TileRegisters;
 
   template <int T>
   static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
-    static constexpr TileConfig CONFIG(T);
     constexpr bool TWO = T > TILE_ROWS;
     const uint8_t *later = x + TILE_ROWS * stride;
     float *later_sums = sums + TILE_ROWS * PANEL;
-    _tile_loadconfig(&CONFIG);
+    // The compiler does not know either that loading a tile reads memory.
+    std::atomic_signal_fence(std::memory_order_seq_cst);
     _tile_loadd(0, sums, SUM_BYTES);
     _tile_loadd(1, sums + 16, SUM_BYTES);
     if (TWO) {
@@ -58,7 +87,6 @@ struct TiledBf16 : Bf16 {
       _tile_stored(2, later_sums, SUM_BYTES);
       _tile_stored(3, later_sums + 16, SUM_BYTES);
     }
-    _tile_release();
   }
 };
 

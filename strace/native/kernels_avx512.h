@@ -31,7 +31,7 @@ inline void store_sums(const __m512 (&from)[T][VECTORS], float *sums) {
     for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sums + t * PANEL + v * 16, from[t][v]);
 }
 
-struct Fp32 {
+struct Fp32 : Stateless {
   static constexpr int FORMAT = ST_FP32, TOKENS = 8, STEPS = 32;
   static constexpr size_t ACTIVATION_BYTES = 4 * STEPS;
 
@@ -43,7 +43,7 @@ struct Fp32 {
   static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums);
 };
 
-struct Bf16 {
+struct Bf16 : Stateless {
   static constexpr int FORMAT = ST_BF16, TOKENS = 8, STEPS = 16;
   static constexpr size_t ACTIVATION_BYTES = 4 * STEPS;
 
@@ -123,7 +123,7 @@ inline void add_step(const __m512i (&weights)[VECTORS], const uint8_t *x, size_t
   }
 }
 
-struct Int8 {
+struct Int8 : Stateless {
   static constexpr int FORMAT = ST_INT8, TOKENS = 6;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
 
@@ -151,7 +151,7 @@ struct Int8 {
   }
 };
 
-struct Int4 {
+struct Int4 : Stateless {
   static constexpr int FORMAT = ST_INT4, TOKENS = 6;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
 

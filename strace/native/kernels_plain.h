@@ -25,7 +25,7 @@ inline uint16_t narrow(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-struct Fp32 {
+struct Fp32 : Stateless {
   static constexpr int FORMAT = ST_FP32, TOKENS = 4;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
 
@@ -44,7 +44,7 @@ struct Fp32 {
   }
 };
 
-struct Bf16 {
+struct Bf16 : Stateless {
   static constexpr int FORMAT = ST_BF16, TOKENS = 4;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(uint16_t);
 
@@ -91,7 +91,7 @@ inline void add_step(const uint8_t *weights, const int8_t *codes, int32_t *exact
     for (int i = 0; i < 4; i++) exact[r] += weights[4 * r + i] * codes[i];
 }
 
-struct Int8 {
+struct Int8 : Stateless {
   static constexpr int FORMAT = ST_INT8, TOKENS = 1;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
 
@@ -110,7 +110,7 @@ struct Int8 {
   }
 };
 
-struct Int4 {
+struct Int4 : Stateless {
   static constexpr int FORMAT = ST_INT4, TOKENS = 1;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
 

@@ -8,6 +8,7 @@
 //   ACTIVATION_BYTES    of one prepared token and group
 //   prepare(x, out)     one group of float32 [GROUP]
 //   add<T>(...)         adds a panel's groups for T tokens to their sums
+//   State               what a thread sets up for its tiles, until its share of a product is done
 // Every sum adds the groups in order, and a group in an order that is the same for each T. Sums that rest in memory
 // between blocks keep their bits. So do bits not depend on the tile.
 #pragma once
@@ -22,6 +23,13 @@ namespace {
 // Adds `groups` groups to sums [T, PANEL]. weights: the first group's; x: the first token's first group, the next
 // token's is `stride` bytes on.
 using Add = void (*)(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums);
+
+// Most instruction sets have nothing to set up.
+struct Stateless {
+  struct State {
+    void fit(int) {}
+  };
+};
 
 constexpr int BLOCK_GROUPS = 16;  // inputs whose weights stay in the L1 cache while tiles of tokens pass over them
 constexpr int BLOCK_TOKENS = 64;  // tokens whose sums stay there
@@ -50,7 +58,8 @@ void prepare_token(int columns, const float *x, void *out) {
 
 // Sums [tokens, PANEL] of one panel; tiles of about the same size.
 template <class Format>
-void sum_panel(const uint8_t *weights, const uint8_t *x, size_t stride, int tokens, int groups, float *sums) {
+void sum_panel(const uint8_t *weights, const uint8_t *x, size_t stride, int tokens, int groups, float *sums,
+               typename Format::State &state) {
   int tiles = (tokens + Format::TOKENS - 1) / Format::TOKENS;
   int block = tiles == 1 ? groups : BLOCK_GROUPS;
   memset(sums, 0, tokens * PANEL * sizeof(float));
@@ -59,6 +68,7 @@ void sum_panel(const uint8_t *weights, const uint8_t *x, size_t stride, int toke
     for (int tile = 0; tile < tiles; tile++) {
       int first = tokens * tile / tiles, last = tokens * (tile + 1) / tiles;
       Add add = choose_add<Format>(last - first, std::make_integer_sequence<int, Format::TOKENS>{});
+      state.fit(last - first);
       add(weights + g * group_bytes(Format::FORMAT), x + first * stride + g * Format::ACTIVATION_BYTES, stride, count,
           sums + first * PANEL);
     }
@@ -74,6 +84,7 @@ void multiply_panels(const st_matrix &matrix, const void *activations, int token
                      size_t stride) {
   constexpr size_t HEADER = header_bytes(Format::FORMAT);
   alignas(64) float sums[BLOCK_TOKENS * PANEL];
+  typename Format::State state;
   size_t panel_stride = panel_bytes(Format::FORMAT, matrix.columns), x_stride = token_bytes<Format>(matrix.columns);
   for (int panel = first; panel < last; panel++) {
     const uint8_t *weights = static_cast<const uint8_t *>(matrix.packed) + panel * panel_stride;
@@ -82,7 +93,7 @@ void multiply_panels(const st_matrix &matrix, const void *activations, int token
     for (int t = 0; t < tokens; t += BLOCK_TOKENS) {
       int count = tokens - t < BLOCK_TOKENS ? tokens - t : BLOCK_TOKENS;
       const uint8_t *x = static_cast<const uint8_t *>(activations) + t * x_stride;
-      sum_panel<Format>(weights + HEADER, x, x_stride, count, groups_of(matrix.columns), sums);
+      sum_panel<Format>(weights + HEADER, x, x_stride, count, groups_of(matrix.columns), sums, state);
       for (int i = 0; i < count; i++)
         write_rows(sums + i * PANEL, scales, matrix.bias ? matrix.bias + row : nullptr, rows, y + (t + i) * stride + row);
     }
