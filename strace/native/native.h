@@ -97,7 +97,8 @@ typedef struct st_runner st_runner;
 
 int32_t st_abi(void);
 const char *st_error(void); /* of this thread's last failed call */
-const char *st_isa(void);   /* the kernels in use: "avx512bf16", "avx2", "portable"; STRACE_ISA asks for a lesser one */
+/* the kernels in use: "avx512amx", "avx512bf16", "avx2" or "portable"; STRACE_ISA asks for a lesser one */
+const char *st_isa(void);
 
 size_t st_packed_bytes(int32_t format, int32_t rows, int32_t columns);
 /* weight: [rows, columns] in the format's own type. out: 64-byte aligned. */
