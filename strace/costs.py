@@ -33,7 +33,7 @@ CONTEXTS, SEQUENCES, LENGTHS = (64, 1024, 4096), (1, 4, 16), (1, 2, 4, 8, 16)
 PROMPTS = (128, 512)  # tokens of the prompts whose prefill is timed
 ROUNDS = 8
 _MOST = 64  # tokens of one pass
-_STEPS = 3  # draft steps timed in one call
+STEPS = 6  # draft steps timed in one call: about as many as a served draft has, for they share what the call costs
 _QUANTILE = 0.25  # other load on the machine only ever adds time
 
 
@@ -112,7 +112,7 @@ def list_cases(
     lengths: Sequence[int] = LENGTHS,
 ) -> list[Case]:
     """Every combination that is one pass; contexts are cut to what `limit` tokens of text leave room for."""
-    fitting = sorted({min(context, limit - max(lengths) - _STEPS) for context in contexts})
+    fitting = sorted({min(context, limit - max(lengths) - STEPS) for context in contexts})
     return [Case(s, n, c) for c in fitting for s in sequences for n in lengths if s * n <= _MOST]
 
 
@@ -165,8 +165,8 @@ def _time_cycles(
     block, first = _dummy(case, runner.cache.blocks), _dummy(step, runner.cache.blocks)
     for graph in drafts:
         begun = clock()
-        runner.draft(graph, first, plan_steps(case.sequences, _STEPS))
-        yield (graph, step), (clock() - begun) / _STEPS
+        runner.draft(graph, first, plan_steps(case.sequences, STEPS))
+        yield (graph, step), (clock() - begun) / STEPS
         begun = clock()
         runner.forward(FULL, block, list(range(len(block.tokens))))
         yield (FULL, case), clock() - begun
@@ -178,7 +178,7 @@ def measure_prefill(runner: Runner, limit: int) -> dict[int, float]:
     found = {}
     for tokens in sorted({min(tokens, limit) for tokens in PROMPTS}):
         times = []
-        for _ in range(_STEPS):
+        for _ in range(STEPS):
             begun = time.perf_counter()
             runner.forward(FULL, _dummy(Case(1, tokens, 0), runner.cache.blocks), [tokens - 1])
             times.append(time.perf_counter() - begun)
@@ -202,7 +202,7 @@ def count_blocks(cases: Iterable[Case]) -> int:
 
 
 def _width(case: Case) -> int:
-    return -(-(case.context + case.tokens + _STEPS) // BLOCK)
+    return -(-(case.context + case.tokens + STEPS) // BLOCK)
 
 
 def _dummy(case: Case, blocks: int) -> Batch:

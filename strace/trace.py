@@ -20,12 +20,12 @@ from strace.classes import SHARES, Classifier, Parts, Prompt, read_prompts, ship
 from strace.costs import TYPICAL, count_blocks, draw_curve, list_cases, measure_costs, name_processor
 from strace.decoder import Decoder
 from strace.flow import Flow, measure_flow
+from strace.graphs import make_runner
 from strace.head import count_tokens, measure_mass, rank_tokens, short_enough, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units
-from strace.kv import make_cache
 from strace.measure import Acceptance, measure_acceptance, predict_speedup
 from strace.repair import repair
-from strace.runner import FULL, TorchRunner
+from strace.runner import FULL
 from strace.subgraph import (
     MANIFEST,
     SCHEMA,
@@ -138,10 +138,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate whose speedup was predicted."""
+    """A candidate whose speedup was predicted from costs on `runner`."""
 
     built: Built
     record: Candidate
+    runner: str
 
 
 class Tracer:
@@ -203,7 +204,7 @@ class Tracer:
         built = [self.build(name, plan, flow, head, material) for plan in self.list_plans(flow, head)]
         costs = time_graphs(self.full, [b.subgraph for b in built])
         whole = full_bytes(self.full)
-        tried = [Tried(b, _record(b, whole, c)) for b, c in zip(built, costs, strict=True)]
+        tried = [Tried(b, _record(b, whole, c), c.runner) for b, c in zip(built, costs, strict=True)]
         for t in tried:
             self.say(f"{name}: {_summarise(t.record)}")
         best = max(tried, key=lambda t: t.record.speedup)
@@ -260,7 +261,7 @@ class Tracer:
                 bytes_share=best.record.bytes_share,
             ),
             candidates=[t.record for t in tried],
-            machine=describe_machine(self.full),
+            machine=describe_machine(self.full, best.runner),
         )
 
 
@@ -273,22 +274,23 @@ def _first(batches: Sequence[Texts], tokens: int) -> list[Texts]:
 @dataclass(frozen=True)
 class Costs:
     """A subgraph's step costs in full-model steps: c of a draft step, v(n) of a full pass over n tokens; `full_ms` is
-    the unit."""
+    the unit, `runner` ran them: the one that would serve."""
 
     c: float
     v: dict[int, float]
     full_ms: float
+    runner: str
 
 
 def time_graphs(full: Decoder, subgraphs: Sequence[Decoder]) -> list[Costs]:
     """The costs of each subgraph, all timed in turns; v(n) is the full model's and the same for all."""
     drafts = {str(i): subgraph for i, subgraph in enumerate(subgraphs)}
     cases = list_cases(full.spec.context, (TYPICAL,), (1,), LENGTHS)
-    cache = make_cache(full.spec, count_blocks(cases), full.dtype, full.devices or None)
-    costs = measure_costs(TorchRunner({FULL: full, **drafts}, cache), list(drafts), cases)
+    runner = make_runner({FULL: full, **drafts}, count_blocks(cases))
+    costs = measure_costs(runner, list(drafts), cases)
     curve = draw_curve(costs, FULL)
     v = {n: seconds / curve[1] for n, seconds in curve.items()}
-    return [Costs(draw_curve(costs, draft)[1] / curve[1], v, curve[1] * 1000) for draft in drafts]
+    return [Costs(draw_curve(costs, draft)[1] / curve[1], v, curve[1] * 1000, runner.name) for draft in drafts]
 
 
 def _record(built: Built, whole: int, costs: Costs) -> Candidate:
@@ -325,14 +327,14 @@ def _explain(best: Tried, tried: Sequence[Tried]) -> str:
     return text
 
 
-def describe_machine(full: Decoder) -> Machine:
-    """The device, runner and torch that measurements of `full` are made with."""
+def describe_machine(full: Decoder, runner: str) -> Machine:
+    """The device, runner and torch that the costs of `full` were measured with."""
     device = full.embed.device
     return Machine(
         device=str(device),
         processor=name_processor(device),
         threads=torch.get_num_threads(),
-        runner=TorchRunner.name,
+        runner=runner,
         torch=version("torch"),
     )
 

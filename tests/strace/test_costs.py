@@ -15,6 +15,7 @@ from strace import cli, costs
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.cli import app
 from strace.costs import (
+    STEPS,
     Case,
     Cost,
     CostTable,
@@ -86,7 +87,7 @@ CASES = [Case(1, 1, 60), Case(1, 8, 60), Case(4, 1, 60)]
 def test_drafts_and_full_passes_alternate() -> None:
     runner = Timed()
     measure_costs(runner, ["code", "math"], CASES, rounds=1, clock=runner.clock)
-    passes = [[("code", 3), (FULL, n), ("math", 3), (FULL, n)] for n in (1, 8, 4)]
+    passes = [[("code", STEPS), (FULL, n), ("math", STEPS), (FULL, n)] for n in (1, 8, 4)]
     assert runner.log == 2 * [each for case in passes for each in case]
 
 
@@ -116,8 +117,8 @@ def test_cases_fit_the_texts_and_a_pass() -> None:
     assert Case(16, 4, 1024) in cases
     assert Case(16, 8, 1024) not in cases
     for limit in (64, 100, 1024, 4096):
-        assert all(0 < c.context + c.tokens + 3 <= limit for c in list_cases(limit))
-    assert {c.context for c in list_cases(1100)} == {64, 1024, 1100 - 19}
+        assert all(0 < c.context + c.tokens + STEPS <= limit for c in list_cases(limit))
+    assert {c.context for c in list_cases(1100)} == {64, 1024, 1100 - 16 - STEPS}
     assert count_blocks(cases) == 16 * 129
 
 
