@@ -17,12 +17,12 @@ from strace.edges import PatternAttend
 from strace.extract import SIZES, StepMask, Traces, pairs
 from strace.importance import draw_weights, weigh_edges
 from strace.linear import Linear
-from tests.tiny import random_tokens, save_tiny
+from tests.tiny import KINDS, random_tokens, save_tiny
 
 T = 9
 
 
-@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture(params=sorted(set(KINDS) - {"gpt_neox"}))
 def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
     save_tiny(tmp_path, request.param, **({"attention_bias": True} if request.param == "llama" else {}))
     return load_decoder(open_checkpoint(str(tmp_path)), "fp32")
@@ -84,11 +84,11 @@ def _only_bias(layer: Layer, head: int | None = None) -> Attention:
     assert part is not None
     weight = part.o.dense().clone()
     size = weight.shape[1] // part.heads
-    weight[:, slice(None) if head is None else slice(head * size, (head + 1) * size)] = 0
+    weight.view(len(weight), part.heads, size)[:, slice(None) if head is None else head] = 0
     return replace(part, o=Linear(weight, part.o.bias, torch.float32))
 
 
-@pytest.mark.parametrize(("l", "head"), [(0, 0), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("l", "head"), [(0, 0), (1, 1), (2, -1)])
 def test_one_head_off_equals_removing_its_slice_of_the_output_projection(decoder: Decoder, l: int, head: int) -> None:
     masks = all_on(decoder)
     attention = masks.steps[2 * l].attention
@@ -114,7 +114,8 @@ def test_a_random_edge_set_equals_a_run_written_out_by_hand(decoder: Decoder) ->
 @torch.inference_mode()
 def _by_hand(decoder: Decoder, masks: Written) -> Tensor:
     tokens, rows_columns = random_tokens(T), pairs(T)
-    x, rotation = decoder.embed[tokens].float(), decoder.rotation(torch.arange(T))
+    places = torch.arange(T)
+    x, rotation = decoder.embedded(tokens, places), decoder.rotation(places)
     for l, layer in enumerate(decoder.layers):
         first, second = masks.steps[2 * l : 2 * l + 2]
         part, attend = layer.attention, PatternAttend(1, T)
@@ -130,6 +131,7 @@ def _by_hand(decoder: Decoder, masks: Written) -> Tensor:
                 if first.attention[0, h, p]:
                     value = attend.v[0, h // decoder.spec.group, j]
                     added[i] += attend.alpha[0, h, i, j] * (weight[:, h] @ value)
+        added = added if part.post_norm is None else part.post_norm(added)
         x = torch.from_numpy(first.residual[0])[:, None] * x + added
         mlp = decoder.mlp(l, x)
         assert mlp is not None
@@ -167,7 +169,7 @@ def test_controls_hold_the_edges_that_their_names_say(decoder: Decoder) -> None:
 
 def test_batches_of_sets_equal_single_runs(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(T)
-    sets = make_selections(decoder, tokens, [30, 120, 300])
+    sets = make_selections(decoder, tokens, [30, 120, 200])
     together = run_masked(decoder, tokens, sets)
     monkeypatch.setattr("strace.ablate._BATCH_TOKENS", 1)
     apart = run_masked(decoder, tokens, sets)
@@ -201,7 +203,7 @@ def test_means_replace_what_is_cut(decoder: Decoder) -> None:
 def test_means_are_over_all_positions_of_all_prompts(decoder: Decoder) -> None:
     prompts = [random_tokens(4, 1), random_tokens(7, 2)]
     means = measure_means(decoder, prompts)
-    embedded = torch.cat([decoder.embed[p] for p in prompts]).mean(0)
+    embedded = torch.cat([decoder.embedded(p, torch.arange(len(p))) for p in prompts]).mean(0)
     assert torch.allclose(means.residual[0], embedded, atol=1e-5)
     assert [mlp is None for mlp in means.mlp] == [True, False] * decoder.spec.layers
     assert [tuple(v.shape) for v in means.values] == [(2, decoder.spec.head_dim)] * decoder.spec.layers

@@ -7,10 +7,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strace.checkpoint import EMBEDDED, load_decoder, open_checkpoint
 from strace.extract import SIZES, Edge, EdgeWeights, Floats, Step, Traces, count_edges, pairs
+from strace.importance import weigh_edges
 
 
 def make_weights(
@@ -125,6 +128,19 @@ def test_sizes_of_the_grid_equal_a_heaps_on_a_larger_graph() -> None:
     traces.cut(counts)
     for count in counts:
         assert np.array_equal(traces.numbers(count), np.sort(np.array(order[:count], np.int64)))
+
+
+def test_sizes_of_the_grid_equal_a_heaps_on_real_weights() -> None:
+    checkpoint = open_checkpoint(EMBEDDED)
+    ids = checkpoint.tokenizer("The old house stood at the end of the lane, and nobody")["input_ids"]
+    for measure in ("l1", "ifr"):
+        weights = weigh_edges(load_decoder(checkpoint, "fp32"), torch.tensor(ids), measure)
+        traces, order = Traces(weights), grow(weights)
+        assert traces.total == len(order) == count_edges(12, 4, len(ids))
+        counts = [traces.count_of(size) for size in SIZES] + [24, 48, 200]
+        traces.cut(counts)
+        for count in counts:
+            assert np.array_equal(traces.numbers(count), np.sort(np.array(order[:count], np.int64)))
 
 
 @pytest.mark.parametrize("parallel", [False, True])

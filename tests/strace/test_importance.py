@@ -19,18 +19,23 @@ from strace.families import UnsupportedModel
 from strace.importance import MEASURES, attention_vectors, weigh_edges
 from tests.tiny import KINDS, random_tokens, save_tiny
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {},
-}
+SEQUENTIAL = sorted(set(KINDS) - {"gpt_neox"})  # families of two steps a layer
+POST_NORM = {"olmo2", "gemma2", "gemma3_text"}
+OPTIONS: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True}, "mistral": {"sliding_window": None}}
 
 
-@pytest.fixture(params=FAMILIES)
+def load(folder: Path, family: str) -> Decoder:
+    return load_decoder(open_checkpoint(str(save_tiny(folder, family, **OPTIONS.get(family, {})))), "fp32")
+
+
+@pytest.fixture(params=SEQUENTIAL)
 def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
-    save_tiny(tmp_path, request.param, **FAMILIES[request.param])
-    return load_decoder(open_checkpoint(str(tmp_path)), "fp32")
+    return load(tmp_path, request.param)
+
+
+def check_ifr(decoder: Decoder, measure: str) -> None:
+    if measure == "ifr" and decoder.spec.family in POST_NORM:
+        pytest.skip("ifr does not know norms after a sublayer")
 
 
 def explicit(decoder: Decoder, tokens: Tensor) -> list[dict[str, Tensor]]:
@@ -44,9 +49,13 @@ def explicit(decoder: Decoder, tokens: Tensor) -> list[dict[str, Tensor]]:
         if name == "attention_out":
             part = decoder.layers[layer].attention
             assert part is not None
-            vectors = attention_vectors(part, attend.v[0])
-            layers[-1]["edges"] = attend.alpha[0][..., None] * vectors[:, None]
-            layers[-1]["bias"] = torch.zeros(value.shape[1]) if part.o.bias is None else part.o.bias
+            edges = attend.alpha[0][..., None] * attention_vectors(part, attend.v[0])[:, None]
+            bias = torch.zeros(value.shape[1]) if part.o.bias is None else part.o.bias
+            if part.post_norm is not None:
+                whole = edges.sum((0, 2)) + bias
+                scale = part.post_norm.weight / (whole.square().mean(-1, keepdim=True) + part.post_norm.eps).sqrt()
+                edges, bias = edges * scale[:, None], bias * scale
+            layers[-1] |= {"edges": edges, "bias": bias}
         if name in ("stream", "stream_mid", "mlp_out", "stream_out"):
             layers[-1][name] = value
         return value
@@ -80,6 +89,7 @@ def test_vectors_into_a_node_sum_to_it(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("measure", ["l1", "ifr"])
 def test_weights_into_a_node_sum_to_one(decoder: Decoder, measure: str) -> None:
+    check_ifr(decoder, measure)
     weights = weigh_edges(decoder, random_tokens(11), measure)
     assert torch.allclose(sums(weights), torch.ones(2 * decoder.spec.layers, 11).double(), atol=1e-5)
     assert Traces(weights).total == count_edges(decoder.spec.layers, decoder.spec.heads, 11)
@@ -87,6 +97,7 @@ def test_weights_into_a_node_sum_to_one(decoder: Decoder, measure: str) -> None:
 
 @pytest.mark.parametrize("measure", ["l1", "ifr"])
 def test_weights_equal_those_of_the_explicit_vectors(decoder: Decoder, measure: str) -> None:
+    check_ifr(decoder, measure)
     tokens = random_tokens(8, seed=2)
     weights, layers = weigh_edges(decoder, tokens, measure), explicit(decoder, tokens)
     rows, columns = pairs(8)
@@ -98,7 +109,6 @@ def test_weights_equal_those_of_the_explicit_vectors(decoder: Decoder, measure: 
 
     for l, layer in enumerate(layers):
         for i in range(8):
-            gamma = decoder.final_norm.weight if (l, i) == (len(layers) - 1, 7) else torch.ones(decoder.spec.hidden)
             edges = layer["edges"][:, i, : i + 1].flatten(0, 1)
             into = score(torch.cat([layer["stream"][i : i + 1], edges]), layer["stream_mid"][i])
             into = (into / into.sum()).numpy()
@@ -106,7 +116,10 @@ def test_weights_equal_those_of_the_explicit_vectors(decoder: Decoder, measure: 
             assert step.attention is not None
             assert np.allclose(step.residual[i], into[0], atol=1e-6)
             assert np.allclose(step.attention[:, rows == i].ravel(), into[1:], atol=1e-6)
-            both = torch.stack([layer["stream_mid"][i], layer["mlp_out"][i]]) * gamma
+            both = torch.stack([layer["stream_mid"][i], layer["mlp_out"][i]])
+            if (l, i) == (len(layers) - 1, 7):
+                centre = both.mean(-1, keepdim=True) if decoder.final_norm.kind == "layer" else 0
+                both = (both - centre) * decoder.final_norm.weight
             into = score(both, both.sum(0))
             step = weights.steps[2 * l + 1]
             assert step.mlp is not None
@@ -141,6 +154,7 @@ def test_a_sliding_window_has_no_edges_outside_it(tmp_path: Path) -> None:
 
 
 def test_ifr_is_the_same_in_pieces(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_ifr(decoder, "ifr")
     tokens = random_tokens(10)
     whole = weigh_edges(decoder, tokens, "ifr")
     monkeypatch.setattr("strace.importance._CHUNK", 1)
@@ -165,13 +179,6 @@ def test_bad_input_is_refused(decoder: Decoder) -> None:
     for measure in MEASURES:
         with pytest.raises(ValueError, match="empty prompt"):
             weigh_edges(decoder, random_tokens(0), measure)
-
-
-@pytest.mark.parametrize("family", sorted(set(KINDS) - {"gpt_neox"}))
-def test_every_family_of_two_steps_a_layer_is_weighed(family: str, tmp_path: Path) -> None:
-    decoder = load_decoder(open_checkpoint(str(save_tiny(tmp_path, family))), "fp32")
-    weights = weigh_edges(decoder, random_tokens(9))
-    assert torch.allclose(sums(weights), torch.ones(2 * decoder.spec.layers, 9).double(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "measure"), [("gpt_neox", "l1"), ("olmo2", "ifr"), ("gemma2", "ifr")])
