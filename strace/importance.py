@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from strace.decoder import Attention, Decoder, DenseAttend, Norm
-from strace.edges import PatternAttend, layer_edges
+from strace.edges import PatternAttend, layer_edges, scale_rows, target_scale
 from strace.extract import EdgeWeights, Floats, Step, pairs
 from strace.families import UnsupportedModel
 
@@ -63,13 +63,14 @@ def weigh_edges(decoder: Decoder, tokens: Tensor, measure: str = "l1", seed: int
 
     Raises:
         ValueError: for an unknown measure or an empty prompt.
-        UnsupportedModel: see `_check_decomposed`.
+        UnsupportedModel: for parallel blocks.
     """
     if measure not in MEASURES:
         raise ValueError(f"unknown importance {measure!r}; choose one of {', '.join(MEASURES)}")
     if not len(tokens):
         raise ValueError("an empty prompt has no edges")
-    _check_decomposed(decoder, measure)
+    if decoder.spec.parallel:
+        raise UnsupportedModel(f"the edges of parallel blocks ({decoder.spec.family}) cannot be weighed yet")
     if measure == "random":
         return draw_weights(decoder.spec.layers, decoder.spec.heads, len(tokens), seed)
     return _measure(decoder, tokens, measure)
@@ -91,19 +92,6 @@ def _measure(decoder: Decoder, tokens: Tensor, measure: str) -> EdgeWeights:
     assert last.mlp is not None
     last.residual[-1], last.mlp[-1] = shares.tolist()
     return EdgeWeights(tuple(steps), len(tokens))
-
-
-def _check_decomposed(decoder: Decoder, measure: str) -> None:
-    """Refuse what is not taken apart yet.
-
-    Raises:
-        UnsupportedModel: for parallel blocks, and for `ifr` where a norm follows a sublayer.
-    """
-    if decoder.spec.parallel:
-        raise UnsupportedModel(f"the edges of parallel blocks ({decoder.spec.family}) cannot be weighed yet")
-    parts = [part for layer in decoder.layers for part in (layer.attention, layer.mlp)]
-    if measure == "ifr" and any(part is not None and part.post_norm is not None for part in parts):
-        raise UnsupportedModel(f"ifr does not know norms after a sublayer ({decoder.spec.family}); l1 does")
 
 
 def _read_out(norm: Norm, x: Tensor) -> Tensor:
@@ -148,7 +136,8 @@ def _layer_ifr(decoder: Decoder, l: int, stream: Tensor, rotation: tuple[Tensor,
     decoder.layer(l, stream, rotation, attend, tap)
     part, middle, out = decoder.layers[l].attention, seen["stream_mid"], seen["stream_out"]
     assert part is not None
-    attention = _attention_proximity(middle, attend.alpha[0], attention_vectors(part, attend.v[0]))
+    alpha = attend.alpha[0] * target_scale(part, seen["z"])[:, None]
+    attention = _attention_proximity(middle, alpha, attention_vectors(part, attend.v[0]))
     residual = _proximity(stream, middle)
     total = (residual + attention.sum((0, 2))).clamp_min(torch.finfo(torch.float32).tiny)
     mlp, skipped = _proximity(seen["mlp_out"].float(), out), _proximity(middle, out)
@@ -162,8 +151,8 @@ def _layer_ifr(decoder: Decoder, l: int, stream: Tensor, rotation: tuple[Tensor,
 
 def attention_vectors(attention: Attention, v: Tensor) -> Tensor:
     """float32 [H, T, hidden]: `W_O^h v` of each query head, from the values v [K, T, D]; an edge's vector is alpha
-    times this."""
-    per_head = attention.o.dense().view(attention.o.shape[0], attention.heads, -1)
+    times this. With a post-norm `gamma * W_O^h v`, and alpha times `target_scale`."""
+    per_head = scale_rows(attention.o.dense(), attention.post_norm).view(attention.o.shape[0], attention.heads, -1)
     values = v.float().repeat_interleave(attention.heads // attention.kv_heads, 0)
     return torch.einsum("htd,ohd->hto", values, per_head)
 
