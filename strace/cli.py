@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from strace.checkpoint import EMBEDDED
+from strace.controls import UNITS
 from strace.costs import (
     TYPICAL,
     CostTable,
@@ -65,10 +66,13 @@ def trace_command(
     ] = "",
     format: Annotated[str, typer.Option(help="Format of every matrix: int4, int8 or bf16.")] = "int4",
     seed: Annotated[int, typer.Option(help="Of the split, the order of texts and the draft blocks.", min=0)] = 0,
+    units: Annotated[str, typer.Option(help=f"How units are scored: {', '.join(UNITS)}.")] = "refit",
+    runner: Annotated[str, typer.Option(help=f"What is timed: {', '.join(RUNNERS)}.")] = "auto",
 ) -> None:
     """Cut a subgraph of MODEL for every prompt class, and one for all of them (`pooled`).
 
-    A class that is already finished with the same model, prompts and options is not made again.
+    A class that is already finished with the same model, prompts, options and machine is not made again; one that was
+    cut off goes on where it was. Where no subgraph is predicted to pay, none is served for the class.
 
     Examples:
 
@@ -80,10 +84,13 @@ def trace_command(
     """
     if format not in FORMATS:
         fail(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}", WRONG_USAGE)
+    for option, value, known in (("units", units, UNITS), ("runner", runner, RUNNERS)):
+        if value not in known:
+            fail(f"unknown {option} {value!r}; choose one of {', '.join(known)}", WRONG_USAGE)
     if size is not None and not 0 < size <= 1:
         fail(f"--size {size} is not a share between 0 and 1", WRONG_USAGE)
     chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
-    options = Options(model, output, prompts, size, chosen, format, seed)
+    options = Options(model, output, prompts, size, chosen, format, seed, units, runner)
     console = Console(soft_wrap=True)
     with told(), console.status("tracing") as status:
 

@@ -121,8 +121,12 @@ def measure_table(runner: Runner, setting: Setting, watch: Callable[[float], Non
     limit = text_limit(runner)
     costs = measure_costs(runner, list_drafts(runner), list_cases(limit), watch=watch)
     bandwidth = read_bandwidth(torch.device(setting.device))
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return CostTable(setting, date, bandwidth, costs, measure_prefill(runner, limit))
+    return CostTable(setting, stamp(), bandwidth, costs, measure_prefill(runner, limit))
+
+
+def stamp() -> str:
+    """Now, as a table is dated."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @torch.inference_mode()

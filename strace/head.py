@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from strace.checkpoint import Checkpoint
 from strace.decoder import Decoder, DenseAttend
+from strace.linear import Codes, Linear
 from strace.texts import Texts
 
 ROW_CHUNK = 1024  # logit rows held at once
@@ -64,3 +66,15 @@ def short_enough(ranked: Tensor, mass: Tensor, coverage: float, step: int = 32) 
     rows = int((held < coverage).sum()) + 1
     rows += -rows % step
     return None if rows >= len(ranked) else ranked[:rows].sort().values
+
+
+def cut_head(subgraph: Decoder, ids: Tensor | None) -> Decoder:
+    """A subgraph that has all head rows, left with those of `ids` (None: all). Rows are rounded independently of each
+    other, so this is what rounding the short head alone would have given."""
+    if ids is None:
+        return subgraph
+    ids = ids.to(subgraph.head.dense().device)
+    weight, bias = subgraph.head.weight, subgraph.head.bias
+    weight = Codes(weight.format, weight.codes[ids], weight.scales[ids]) if isinstance(weight, Codes) else weight[ids]
+    head = Linear(weight, None if bias is None else bias[ids], subgraph.dtype)
+    return replace(subgraph, head=head, token_ids=ids)

@@ -22,7 +22,7 @@ class Plan:
 
     attention, mlp: shares of the key/value groups and of the neurons to keep; `whole` keeps or drops whole sublayers
     instead. coverage: share of the full model's probability that the short head must hold (1: all rows). format: of
-    every matrix.
+    every matrix. units: how they are scored (strace.controls). repaired: else plainly rounded.
     """
 
     name: str
@@ -31,6 +31,8 @@ class Plan:
     whole: bool = False
     coverage: float = 0.98
     format: str = "int4"
+    units: str = "flow"
+    repaired: bool = True
 
 
 @dataclass(frozen=True)

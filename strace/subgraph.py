@@ -25,6 +25,7 @@ from strace.decoder import Decoder, Layer
 from strace.files import file_beside, folder_beside
 from strace.keep import Kept, Plan, slice_decoder
 from strace.linear import Codes, Linear
+from strace.onpolicy import Positions
 
 SCHEMA = 1
 MANIFEST, TENSORS = "subgraph.json", "subgraph.safetensors"
@@ -50,12 +51,14 @@ class Base(_Record):
 
 
 class Data(_Record):
-    """The texts of one use (fit, choose, report): counts, and the SHA-256 of their tokens."""
+    """The texts of one use (fit, choose, report): counts, and the SHA-256 of their tokens. repeats: prompts left out
+    because an earlier use has most of their words in the same order."""
 
     prompts: int
     sources: int
     tokens: int
     hash: str
+    repeats: int = 0
 
 
 class KeptLayer(_Record):
@@ -73,11 +76,14 @@ class Machine(_Record):
     threads: int
     runner: str
     torch: str
+    isa: str = ""
+    dtype: str = ""
 
 
 class Candidate(_Record):
-    """A plan that was tried. accepted and agreement at draft positions 1..8 on the texts to choose by; c and v in full
-    steps."""
+    """A plan that was tried. accepted and agreement at draft positions 1..8 on the full model's own continuations of
+    the prompts to choose by, at temperature 1 and greedy, where all drafts before stood; c and v in full steps. speedup
+    and greedy: predicted, at temperature 1 and 0. best: no other candidate is both smaller and faster."""
 
     plan: Plan
     bytes_share: float
@@ -88,6 +94,22 @@ class Candidate(_Record):
     full_ms: float
     speedup: float
     draft_length: int
+    greedy: float = 0.0
+    head_rows: int = 0
+    best: bool = False
+
+
+class OnPolicy(_Record):
+    """One temperature of positions.safetensors, of the prompts to report. accepted, agreement: at draft positions 1..8,
+    accepted where all drafts before stood. tv: mean. curve, reliability, ece: `strace.onpolicy.Calibrated`."""
+
+    accepted: list[float]
+    agreement: list[float]
+    tv: float
+    positions: int
+    curve: list[float]
+    reliability: list[tuple[float, float, float]]
+    ece: float
 
 
 class Measured(_Record):
@@ -99,10 +121,12 @@ class Measured(_Record):
     coverage: float
     bytes_per_step: int
     bytes_share: float
+    on_policy: dict[str, OnPolicy] = {}
 
 
 class Manifest(_Record):
-    """All that `subgraph.json` says. `recipe` is the hash of everything that the result depends on."""
+    """All that `subgraph.json` says. `recipe` is the hash of everything that the result depends on. A subgraph that
+    does not pay where it was traced is not served: `why` says so, and `pooled` drafts for the class."""
 
     schema_version: Literal[1] = 1
     class_name: str = Field(alias="class")
@@ -113,6 +137,7 @@ class Manifest(_Record):
     data: dict[str, Data]
     plan: Plan
     why: str
+    pays: bool = True
     kept: list[KeptLayer]
     head_rows: int
     measured: Measured
@@ -164,12 +189,29 @@ def collect_tensors(subgraph: Decoder, kept: Kept) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def save_subgraph(folder: Path, manifest: Manifest, subgraph: Decoder, kept: Kept) -> Manifest:
+def save_tensors(path: Path, subgraph: Decoder, kept: Kept) -> None:
+    """Write a subgraph's tensors alone: what `restore_tensors` needs beside `kept`."""
+    with file_beside(path) as file:
+        save_file(collect_tensors(subgraph, kept), file)
+
+
+def restore_tensors(path: Path, kept: Kept, full: Decoder) -> Decoder | None:
+    """The subgraph whose tensors `save_tensors` wrote; None where there are none that can be read."""
+    try:
+        return _fill(kept, load_file(path), full)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
+        return None
+
+
+def save_subgraph(
+    folder: Path, manifest: Manifest, subgraph: Decoder, kept: Kept, positions: Positions | None = None
+) -> Manifest:
     """Write a subgraph's folder beside `folder`, then put it in its place; the manifest with the tensors' hash is given
     back."""
     with folder_beside(folder) as beside:
-        with file_beside(beside / TENSORS) as file:
-            save_file(collect_tensors(subgraph, kept), file)
+        save_tensors(beside / TENSORS, subgraph, kept)
+        if positions is not None:
+            positions.save(beside)
         manifest = manifest.model_copy(update={"tensors_hash": _hash_file(beside / TENSORS)})
         (beside / MANIFEST).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
     return manifest
@@ -251,7 +293,10 @@ def load_subgraph(folder: Path, checkpoint: Checkpoint, full: Decoder) -> Decode
 
 
 def _build(manifest: Manifest, tensors: dict[str, Tensor], full: Decoder) -> Decoder:
-    kept = _read_kept(manifest, tensors, full)
+    return _fill(_read_kept(manifest, tensors, full), tensors, full)
+
+
+def _fill(kept: Kept, tensors: dict[str, Tensor], full: Decoder) -> Decoder:
     subgraph = slice_decoder(full, kept)
     stored = {name: _read_linear(tensors, name, linear, full.dtype) for name, linear, _ in _list_linears(subgraph)}
     layers = []
@@ -309,9 +354,10 @@ def find_subgraphs(folder: Path) -> dict[str, Path]:
 
 
 def load_subgraphs(folder: Path, checkpoint: Checkpoint, full: Decoder) -> dict[str, Decoder]:
-    """Every subgraph in `folder`, by class.
+    """Every subgraph in `folder` that pays, by class.
 
     Raises:
         BadSubgraph: naming the folder and the reason.
     """
-    return {name: load_subgraph(path, checkpoint, full) for name, path in find_subgraphs(folder).items()}
+    paying = {name: path for name, path in find_subgraphs(folder).items() if read_manifest(path).pays}
+    return {name: load_subgraph(path, checkpoint, full) for name, path in paying.items()}

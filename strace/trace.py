@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -15,17 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint
-from strace.classes import SHARES, Classifier, Parts, Prompt, read_prompts, shipped_prompts, split_classes
-from strace.costs import TYPICAL, count_blocks, draw_curve, list_cases, measure_costs, name_processor
+from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
+from strace.classes import SHARES, BadPrompts, Classifier, Parts, Prompt, read_prompts, shipped_prompts, split_classes
+from strace.controls import score_units
+from strace.costs import name_processor
 from strace.decoder import Decoder
+from strace.duplicates import drop_repeats
 from strace.flow import Flow, measure_flow
-from strace.graphs import make_runner
-from strace.head import count_tokens, measure_mass, rank_tokens, short_enough, special_ids
-from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units
-from strace.measure import Acceptance, measure_acceptance, predict_speedup
+from strace.graphs import choose_dtype, make_runner
+from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, short_enough, special_ids
+from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, slice_decoder
+from strace.measure import measure_acceptance, predict_speedup
+from strace.onpolicy import (
+    TEMPERATURES,
+    Continuation,
+    Positions,
+    calibrate,
+    conditional_acceptance,
+    continue_prompts,
+    count_cache,
+    measure_positions,
+    share_agreeing,
+)
 from strace.repair import repair
-from strace.runner import FULL
+from strace.runner import FULL, Runner
+from strace.search import StepCosts, price_steps
 from strace.subgraph import (
     MANIFEST,
     SCHEMA,
@@ -37,9 +54,12 @@ from strace.subgraph import (
     Machine,
     Manifest,
     Measured,
+    OnPolicy,
     read_manifest,
     read_tensors,
+    restore_tensors,
     save_subgraph,
+    save_tensors,
 )
 from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 
@@ -47,14 +67,19 @@ from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 # fewer.
 BUDGETS = {"fit": 16_384, "choose": 4_096, "report": 8_192}
 FLOW_TOKENS = 8_192
-LENGTHS = (1, 2, 4, 9)  # tokens of the full passes timed; 9 verifies the longest draft
+# Prompts that the full model continues, the most tokens given of each, and the most that it writes.
+CONTINUED = {"choose": 32, "report": 48}
+GIVEN, WRITTEN = 128, 96
 WORTH = 1.05  # a predicted speedup below this is not worth a subgraph
+COVERAGES = (0.97, 0.98, 0.99, 0.995, 1.0)
+PLAIN = "all units, plainly rounded"  # what serves where nothing was traced
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `strace-llm trace` was asked for. `size`: share of the full model's bf16 bytes per step (None: the best of a
-    few). `prompts`: a folder (None: the shipped ones). `classes`: only these of it (empty: all)."""
+    """What `strace-llm trace` was asked for. `size`: share of the full model's bf16 bytes per step (None: the best of
+    many). `prompts`: a folder (None: the shipped ones). `classes`: only these of it (empty: all). `units`: how they are
+    scored (strace.controls). `runner`: what is timed and continues prompts."""
 
     model: str
     output: Path
@@ -63,47 +88,72 @@ class Options:
     classes: tuple[str, ...] = ()
     format: str = "int4"
     seed: int = 0
+    units: str = "refit"
+    runner: str = "auto"
 
 
 @dataclass(frozen=True)
 class Material:
-    """A class's texts, tokenised and batched, by use; `data` is what the manifest says of them."""
+    """A class's texts, tokenised and batched, by use; `data` is what the manifest says of them. `prompts`: source and
+    ids of those that the full model continues."""
 
     texts: dict[str, list[Texts]]
     data: dict[str, Data]
+    prompts: dict[str, list[tuple[str, list[int]]]]
 
 
-def plan_candidates(size: float | None, format: str) -> list[Plan]:
-    """What is tried. Without a size, several of them; with one, several ways to spend it: each attention share takes
-    its bytes and the neurons get the rest."""
+def plan_candidates(size: float | None, format: str, units: str = "refit") -> list[Plan]:
+    """What is tried. Without a size, shares of the neurons by heads of several coverages; with one, several ways to
+    spend it: the attention share and the head take their bytes and the neurons get the rest. Plans that differ in
+    coverage alone are repaired once."""
     # Attention is kept before neurons: at 14 % of the embedded model's bytes .915 is accepted with all attention and a
     # third of the neurons, .885 with half of both, .826 with a quarter and more neurons (stories).
-    if size is None:
-        return [
-            Plan("all units", format=format),
-            Plan("1/2 of the neurons", mlp=1 / 2, format=format),
-            Plan("1/3 of the neurons", mlp=1 / 3, format=format),
-            Plan("1/2 of the MLPs", mlp=1 / 2, whole=True, format=format),
-        ]
-    return [
-        Plan("all attention", format=format),
-        Plan("3/4 of the attention", attention=3 / 4, format=format),
-        Plan("1/2 of the attention", attention=1 / 2, format=format),
-        Plan("all attention, whole MLPs", whole=True, format=format),
-    ]
+    made = [Plan(PLAIN, coverage=1.0, format=format, units=units, repaired=False)] if size is None else []
+    shares = (("all", 1.0), ("3/4", 0.75), ("1/2", 0.5), ("1/3", 1 / 3)) if size is None else (("most", 1.0),)
+    for share, mlp in shares:
+        for coverage in COVERAGES:
+            name = f"{share} neurons, head of {coverage:.1%}"
+            made.append(Plan(name, mlp=mlp, coverage=coverage, format=format, units=units))
+    if size is not None:
+        made.append(Plan("3/4 of the attention", attention=3 / 4, coverage=0.99, format=format, units=units))
+        made.append(Plan("whole MLPs", whole=True, coverage=0.99, format=format, units=units))
+    return made
 
 
 def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material:
-    """Tokenise and cut a class's texts, each part to its budget of tokens, in an order drawn by `seed`."""
-    texts, data = {}, {}
+    """Tokenise and cut a class's texts, each part to its budget of tokens, in an order drawn by `seed`; prompts that
+    repeat an earlier part's are left out."""
+    texts, data, distinct = {}, {}, drop_repeats(parts)
     for use in SHARES:
-        prompts: Sequence[Prompt] = getattr(parts, use)
+        prompts: Sequence[Prompt] = getattr(distinct.parts, use)
+        if not prompts:
+            raise BadPrompts(f"all prompts to {use} by repeat those of earlier parts: sources differ, texts do not")
         chosen = _draw_pieces(checkpoint, prompts, BUDGETS[use], seed)
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
         texts[use] = batch_texts(chosen)
         sources = len({prompt.source for prompt in prompts})
-        data[use] = Data(prompts=len(prompts), sources=sources, tokens=sum(map(len, chosen)), hash=digest)
-    return Material(texts, data)
+        data[use] = Data(
+            prompts=len(prompts),
+            sources=sources,
+            tokens=sum(map(len, chosen)),
+            hash=digest,
+            repeats=distinct.repeats[use],
+        )
+    drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in CONTINUED.items()}
+    return Material(texts, data, drawn)
+
+
+def _draw_prompts(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], count: int, seed: int
+) -> list[tuple[str, list[int]]]:
+    """Sources and first thirds of some texts, for the model to go on with."""
+    found = []
+    for i in np.random.default_rng(seed).permutation(len(prompts))[:count]:
+        ids = checkpoint.tokenizer(prompts[i].text, verbose=False)["input_ids"]
+        given = max(1, min(GIVEN, checkpoint.spec.context // 2, max(16, len(ids) // 3)))
+        if ids:
+            found.append((prompts[i].source, list(ids[:given])))
+    return found
 
 
 def _draw_pieces(checkpoint: Checkpoint, prompts: Sequence[Prompt], budget: int, seed: int) -> list[list[int]]:
@@ -127,22 +177,12 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A candidate's subgraph and its acceptance on the texts to choose by."""
+class Tried:
+    """A candidate's subgraph, what it keeps and how it does."""
 
-    plan: Plan
     subgraph: Decoder
     kept: Kept
-    acceptance: Acceptance
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A candidate whose speedup was predicted from costs on `runner`."""
-
-    built: Built
     record: Candidate
-    runner: str
 
 
 class Tracer:
@@ -150,6 +190,8 @@ class Tracer:
 
     def __init__(self, checkpoint: Checkpoint, full: Decoder, options: Options, say: Callable[[str], None]) -> None:
         self.checkpoint, self.full, self.options, self.say = checkpoint, full, options, say
+        self.runner: Runner = make_runner({FULL: full}, count_cache(GIVEN, WRITTEN), options.runner)
+        self.machine = describe_machine(full, self.runner)
         self.base = Base(
             model=options.model,
             revision=checkpoint.revision,
@@ -159,20 +201,20 @@ class Tracer:
             neurons=checkpoint.spec.mlp,
         )
 
+    @cached_property
+    def costs(self) -> StepCosts:
+        """What steps cost here, timed at the first class that needs it."""
+        self.say("timing steps")
+        return price_steps(self.full, self.base.weight_hash, self.options.format, self.options.runner)
+
     def recipe(self, material: Material) -> str:
-        """The hash of everything a class's subgraph depends on: a finished folder with the same one need not be made
-        again."""
-        plans = [asdict(plan) for plan in plan_candidates(self.options.size, self.options.format)]
+        """The hash of everything a class's subgraph and its choice depend on: a finished folder with the same one need
+        not be made again."""
+        options = self.options
+        plans = [asdict(plan) for plan in plan_candidates(options.size, options.format, options.units)]
         data = {use: about.hash for use, about in material.data.items()}
-        parts = [
-            SCHEMA,
-            self.base.weight_hash,
-            self.base.tokenizer_hash,
-            data,
-            plans,
-            self.options.size,
-            self.options.seed,
-        ]
+        base = [SCHEMA, self.base.weight_hash, self.base.tokenizer_hash, self.machine.model_dump()]
+        parts = [*base, data, material.prompts, WRITTEN, plans, options.size, options.seed]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def finished(self, name: str, recipe: str) -> bool:
@@ -195,21 +237,33 @@ class Tracer:
         if self.finished(name, recipe):
             self.say(f"{name}: finished before")
             return None
-        fit = material.texts["fit"]
+        fit, seed = material.texts["fit"], self.options.seed
         self.say(f"{name}: scoring units on {material.data['fit'].tokens} tokens")
         flow = measure_flow(self.full, _first(fit, FLOW_TOKENS))
+        flow = score_units(self.options.units, flow, self.full, fit, seed)
         mass = measure_mass(self.full, fit)
         counts = count_tokens(fit, self.full.spec.vocabulary)
         head = Head(rank_tokens(mass, counts, special_ids(self.checkpoint)), mass)
-        built = [self.build(name, plan, flow, head, material) for plan in self.list_plans(flow, head)]
-        costs = time_graphs(self.full, [b.subgraph for b in built])
-        whole = full_bytes(self.full)
-        tried = [Tried(b, _record(b, whole, c), c.runner) for b, c in zip(built, costs, strict=True)]
-        for t in tried:
-            self.say(f"{name}: {_summarise(t.record)}")
+        own = {use: self.continue_part(material, use, TEMPERATURES) for use in CONTINUED}
+        work = self.options.output / ".work" / f"{name}-{recipe[:16]}"
+        tried = self.try_plans(name, flow, head, material, own["choose"], work)
         best = max(tried, key=lambda t: t.record.speedup)
-        manifest = self.describe(name, material, recipe, best, tried)
-        return save_subgraph(self.options.output / name, manifest, best.built.subgraph, best.built.kept)
+        manifest, positions = self.describe(name, material, recipe, best, tried, own)
+        saved = save_subgraph(self.options.output / name, manifest, best.subgraph, best.kept, positions)
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # another class's may be in it
+            work.parent.rmdir()
+        return saved
+
+    def continue_part(self, material: Material, use: str, temperatures: Sequence[float]) -> list[Continuation]:
+        """The prompts of a use, continued by the full model at each temperature."""
+        stop, seed = self.checkpoint.stop_ids, self.options.seed
+        written = min(WRITTEN, self.full.spec.context - GIVEN if self.full.spec.context > GIVEN else 1)
+        return [
+            each
+            for temperature in temperatures
+            for each in continue_prompts(self.runner, material.prompts[use], temperature, written, stop, seed)
+        ]
 
     def list_plans(self, flow: Flow, head: Head) -> list[Plan]:
         """The candidates, fitted to the size that was asked for.
@@ -217,7 +271,8 @@ class Tracer:
         Raises:
             ValueError: if none fits.
         """
-        plans, size = plan_candidates(self.options.size, self.options.format), self.options.size
+        size = self.options.size
+        plans = plan_candidates(size, self.options.format, self.options.units)
         if size is None:
             return plans
         budget = size * full_bytes(self.full)
@@ -226,30 +281,86 @@ class Tracer:
             raise ValueError(f"size {size} allows {budget / 1e6:.2f} MB per step: too little for attention and head")
         return [plan for plan in fitted if plan is not None]
 
-    def build(self, name: str, plan: Plan, flow: Flow, head: Head, material: Material) -> Built:
-        """A plan's subgraph, repaired, and its acceptance on the texts to choose by."""
-        self.say(f"{name}: repairing {plan.name}")
-        kept = keep_units(flow, plan, head.cut(plan.coverage))
-        fit, choose = material.texts["fit"], material.texts["choose"]
-        subgraph = repair(self.full, kept, plan.format, fit, choose, self.options.seed)
-        return Built(plan, subgraph, kept, measure_acceptance(self.full, subgraph, choose, self.options.seed))
+    def try_plans(
+        self, name: str, flow: Flow, head: Head, material: Material, own: Sequence[Continuation], work: Path
+    ) -> list[Tried]:
+        """Every candidate, measured on the continuations `own`; those that the Pareto front holds are marked."""
+        tried: list[Tried] = []
+        for plan in self.list_plans(flow, head):
+            kept = keep_units(flow, plan)
+            headless = self.build(name, plan, kept, material, work)
+            ids = head.cut(plan.coverage)
+            subgraph = cut_head(headless, ids)
+            record = self.record(plan, subgraph, own)
+            self.say(f"{name}: {_summarise(record)}")
+            tried.append(Tried(subgraph, replace(kept, token_ids=ids), record))
+        front = find_front([t.record for t in tried])
+        return [replace(t, record=t.record.model_copy(update={"best": b})) for t, b in zip(tried, front, strict=True)]
 
-    def describe(self, name: str, material: Material, recipe: str, best: Tried, tried: Sequence[Tried]) -> Manifest:
-        """Measure the chosen subgraph on the texts to report and write down everything about it."""
-        report, subgraph, kept = material.texts["report"], best.built.subgraph, best.built.kept
-        acceptance = measure_acceptance(self.full, subgraph, report, self.options.seed)
+    def build(self, name: str, plan: Plan, kept: Kept, material: Material, work: Path) -> Decoder:
+        """A plan's layers, rounded and repaired, with every head row. What was repaired is kept in the folder `work`,
+        so that a trace that was cut off goes on where it was."""
+        if not plan.repaired:
+            return quantise_decoder(slice_decoder(self.full, kept), plan.format)
+        parts = [plan.attention, plan.mlp, plan.whole, plan.format]
+        path = work / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
+        subgraph = restore_tensors(path, kept, self.full)
+        if subgraph is None:
+            self.say(f"{name}: repairing {plan.name}")
+            fit, choose = material.texts["fit"], material.texts["choose"]
+            subgraph = repair(self.full, kept, plan.format, fit, choose, self.options.seed)
+            work.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, subgraph, kept)
+        return subgraph
+
+    def record(self, plan: Plan, subgraph: Decoder, own: Sequence[Continuation]) -> Candidate:
+        """A candidate's acceptance on the full model's own text, and what that is predicted to bring."""
+        some = [c for c in own if c.temperature in (0.0, 1.0)]
+        positions = measure_positions(self.full, subgraph, some, self.options.seed)
+        accepted, agreement = (conditional_acceptance(positions.at(t)) for t in (1.0, 0.0))
+        c, v = self.costs.c(subgraph), self.costs.v
+        speedup, length = predict_speedup(accepted, c, v)
+        return Candidate(
+            plan=plan,
+            bytes_share=subgraph.bytes_per_step / full_bytes(self.full),
+            accepted=accepted,
+            agreement=agreement,
+            c=c,
+            v=v,
+            full_ms=self.costs.full_ms,
+            speedup=speedup,
+            draft_length=length,
+            greedy=predict_speedup(agreement, c, v)[0],
+            head_rows=subgraph.head.shape[0],
+        )
+
+    def describe(
+        self,
+        name: str,
+        material: Material,
+        recipe: str,
+        best: Tried,
+        tried: Sequence[Tried],
+        own: dict[str, list[Continuation]],
+    ) -> tuple[Manifest, Positions]:
+        """Measure the chosen subgraph on what is to report and write down everything about it."""
+        report, subgraph, kept, seed = material.texts["report"], best.subgraph, best.kept, self.options.seed
+        acceptance = measure_acceptance(self.full, subgraph, report, seed)
+        chosen_by, reported = (measure_positions(self.full, subgraph, own[use], seed) for use in CONTINUED)
         ids = kept.token_ids
         covered = 1.0 if ids is None else float(measure_mass(self.full, report)[ids].sum())
-        self.say(f"{name}: chosen {best.record.plan.name}, accepted {acceptance.mean:.3f} on texts apart")
-        return Manifest(
+        pays, why = judge(best.record, [t.record for t in tried])
+        self.say(f"{name}: {why}; accepted {acceptance.mean:.3f} on texts apart")
+        manifest = Manifest(
             class_name=name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             base=self.base,
-            seed=self.options.seed,
+            seed=seed,
             recipe=recipe,
             data=material.data,
             plan=best.record.plan,
-            why=_explain(best, tried),
+            why=why,
+            pays=pays,
             kept=[_kept_layer(g, n) for g, n in zip(kept.groups, kept.neurons, strict=True)],
             head_rows=subgraph.head.shape[0],
             measured=Measured(
@@ -259,10 +370,12 @@ class Tracer:
                 coverage=covered,
                 bytes_per_step=subgraph.bytes_per_step,
                 bytes_share=best.record.bytes_share,
+                on_policy={f"{t:g}": summarise(chosen_by.at(t), reported.at(t)) for t in TEMPERATURES},
             ),
             candidates=[t.record for t in tried],
-            machine=describe_machine(self.full, best.runner),
+            machine=self.machine,
         )
+        return manifest, reported
 
 
 def _first(batches: Sequence[Texts], tokens: int) -> list[Texts]:
@@ -271,47 +384,48 @@ def _first(batches: Sequence[Texts], tokens: int) -> list[Texts]:
     return list(batches[:: max(1, total // tokens)])
 
 
-@dataclass(frozen=True)
-class Costs:
-    """A subgraph's step costs in full-model steps: c of a draft step, v(n) of a full pass over n tokens; `full_ms` is
-    the unit, `runner` ran them: the one that would serve."""
-
-    c: float
-    v: dict[int, float]
-    full_ms: float
-    runner: str
-
-
-def time_graphs(full: Decoder, subgraphs: Sequence[Decoder]) -> list[Costs]:
-    """The costs of each subgraph, all timed in turns; v(n) is the full model's and the same for all."""
-    drafts = {str(i): subgraph for i, subgraph in enumerate(subgraphs)}
-    cases = list_cases(full.spec.context, (TYPICAL,), (1,), LENGTHS)
-    runner = make_runner({FULL: full, **drafts}, count_blocks(cases))
-    costs = measure_costs(runner, list(drafts), cases)
-    curve = draw_curve(costs, FULL)
-    v = {n: seconds / curve[1] for n, seconds in curve.items()}
-    return [Costs(draw_curve(costs, draft)[1] / curve[1], v, curve[1] * 1000, runner.name) for draft in drafts]
+def find_front(records: Sequence[Candidate]) -> list[bool]:
+    """Which candidates no other one beats both in bytes and in predicted speedup."""
+    return [
+        not any(
+            (o.bytes_share, -o.speedup) != (r.bytes_share, -r.speedup)
+            and o.bytes_share <= r.bytes_share
+            and o.speedup >= r.speedup
+            for o in records
+        )
+        for r in records
+    ]
 
 
-def _record(built: Built, whole: int, costs: Costs) -> Candidate:
-    speedup, length = predict_speedup(built.acceptance.accepted, costs.c, costs.v)
-    return Candidate(
-        plan=built.plan,
-        bytes_share=built.subgraph.bytes_per_step / whole,
-        accepted=list(built.acceptance.accepted),
-        agreement=list(built.acceptance.agreement),
-        c=costs.c,
-        v=costs.v,
-        full_ms=costs.full_ms,
-        speedup=speedup,
-        draft_length=length,
+def judge(best: Candidate, tried: Sequence[Candidate]) -> tuple[bool, str]:
+    """Whether the best candidate shall be served, and why it or none is."""
+    text = f"{best.plan.name}: highest predicted speedup ({best.speedup:.2f}) of {len(tried)} candidates"
+    if best.speedup < WORTH:
+        return False, f"no subgraph: {text}; below {WORTH} on this machine and runner, where it does not pay"
+    if not best.plan.repaired:
+        return False, f"no subgraph: {text}; the whole model in {best.plan.format} needs none"
+    return True, text
+
+
+def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
+    """What the table says of one temperature; confidence is calibrated on the part to choose by."""
+    calibrated = calibrate(chosen_by, reported)
+    return OnPolicy(
+        accepted=conditional_acceptance(reported),
+        agreement=share_agreeing(reported),
+        tv=float(reported.tv.mean()),
+        positions=len(reported),
+        curve=calibrated.curve,
+        reliability=calibrated.reliability,
+        ece=calibrated.ece,
     )
 
 
 def _summarise(record: Candidate) -> str:
     return (
         f"{record.plan.name}: {record.bytes_share:.3f} of the bytes, accepted {fmean(record.accepted):.3f}, "
-        f"c {record.c:.2f}, predicted speedup {record.speedup:.2f} with {record.draft_length} drafts"
+        f"c {record.c:.2f}, predicted speedup {record.speedup:.2f} with {record.draft_length} drafts, "
+        f"greedy {record.greedy:.2f}"
     )
 
 
@@ -319,23 +433,17 @@ def _kept_layer(groups: Tensor, neurons: Tensor) -> KeptLayer:
     return KeptLayer(groups=groups.tolist(), neurons=len(neurons))
 
 
-def _explain(best: Tried, tried: Sequence[Tried]) -> str:
-    record = best.record
-    text = f"{record.plan.name}: highest predicted speedup ({record.speedup:.2f}) of {len(tried)} candidates"
-    if record.speedup < WORTH:
-        text += f"; below {WORTH} on this machine and runner, where it does not pay"
-    return text
-
-
-def describe_machine(full: Decoder, runner: str) -> Machine:
-    """The device, runner and torch that the costs of `full` were measured with."""
+def describe_machine(full: Decoder, runner: Runner) -> Machine:
+    """The device, runner and torch that a trace's numbers were measured with."""
     device = full.embed.device
     return Machine(
         device=str(device),
         processor=name_processor(device),
         threads=torch.get_num_threads(),
-        runner=runner,
+        runner=runner.name,
         torch=version("torch"),
+        isa=runner.isa,
+        dtype=str(full.dtype).removeprefix("torch."),
     )
 
 
@@ -350,7 +458,7 @@ def trace(options: Options, say: Callable[[str], None] = print) -> dict[str, Man
     checkpoint = open_checkpoint(options.model)
     split = split_classes(classes, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
-    tracer = Tracer(checkpoint, load_decoder(checkpoint), options, say)
+    tracer = Tracer(checkpoint, load_decoder(checkpoint, choose_dtype("cpu")), options, say)
     fit_classifier(checkpoint, {name: split[name] for name in classes}, options.seed).save(options.output)
     made = {name: tracer.trace_class(name, parts) for name, parts in split.items()}
     return {name: manifest for name, manifest in made.items() if manifest is not None}

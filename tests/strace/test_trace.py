@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from strace import costs
 from strace import trace as pipeline
 from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
 from strace.classes import BadPrompts, Classifier
-from strace.keep import Kept, slice_decoder
+from strace.graphs import load_drafts
 from strace.measure import measure_acceptance
+from strace.onpolicy import Positions
+from strace.search import StepCosts
 from strace.subgraph import MANIFEST, TENSORS, Manifest, load_subgraphs, read_manifest
 from strace.texts import batch_texts
 from strace.trace import Options, plan_candidates, trace
@@ -37,7 +38,9 @@ Traced = tuple[Options, dict[str, Manifest]]
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "ROUNDS", 1)  # what the clock says is not checked here
+        cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
+        patch.setattr(pipeline, "price_steps", lambda *_: cheap)
+        patch.setattr(pipeline, "WRITTEN", 24)
         yield _trace(tmp_path_factory)
 
 
@@ -65,6 +68,7 @@ def test_the_manifest_says_what_was_tried_and_what_was_measured(traced: Traced) 
     options, made = traced
     for name, manifest in made.items():
         assert read_manifest(options.output / name) == manifest
+        assert any(c.best for c in manifest.candidates)
         assert 1 < len(manifest.candidates) <= len(plan_candidates(options.size, options.format))
         best = max(manifest.candidates, key=lambda c: c.speedup)
         assert manifest.plan == best.plan
@@ -115,9 +119,84 @@ def test_another_recipe_is_made_again(traced: Traced) -> None:
 
 def test_without_a_size_several_are_tried() -> None:
     plans = plan_candidates(None, "int8")
-    assert len({(p.attention, p.mlp, p.whole) for p in plans}) == len(plans) >= 3
-    assert plans[0].attention == plans[0].mlp == 1
+    assert len({(p.mlp, p.coverage, p.repaired) for p in plans}) == len(plans) >= 12
+    assert len({p.name for p in plans}) == len(plans)
+    assert not plans[0].repaired
+    assert plans[0].mlp == plans[0].coverage == 1
     assert {p.format for p in plans} == {"int8"}
+
+
+def try_one(tracer: pipeline.Tracer, said: list[str]) -> None:
+    parts = pipeline.split_classes(pipeline.read_prompts(tracer.options.prompts))["digits"]
+    said.clear()
+    tracer.trace_class("digits", parts)
+
+
+def test_a_trace_cut_off_goes_on_where_it_was(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, made = traced
+    said: list[str] = []
+    checkpoint = open_checkpoint(options.model)
+    full = load_decoder(checkpoint, "bf16")
+    tracer = pipeline.Tracer(checkpoint, full, replace(options, output=tmp_path), said.append)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_subgraph", fail)
+        with pytest.raises(OSError, match="disk full"):
+            try_one(tracer, said)
+    assert sum("repairing" in line for line in said) >= 2
+    assert not (tmp_path / "digits").exists()
+    damaged = sorted((tmp_path / ".work").glob("*/*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    try_one(tracer, said)
+    assert sum("repairing" in line for line in said) == 1
+    assert not list((tmp_path / ".work").glob("*"))
+    assert read_manifest(tmp_path / "digits").tensors_hash == made["digits"].tensors_hash
+
+
+def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, _ = traced
+    dear = StepCosts((2.0, 0.0, 0.0), {1: 1.0, 9: 1.0}, "dear")
+    monkeypatch.setattr(pipeline, "price_steps", lambda *_: dear)
+    checkpoint = open_checkpoint(options.model)
+    full = load_decoder(checkpoint, "bf16")
+    try_one(pipeline.Tracer(checkpoint, full, replace(options, output=tmp_path), print), [])
+    manifest = read_manifest(tmp_path / "digits")
+    assert not manifest.pays
+    assert manifest.why.startswith("no subgraph: ")
+    assert "below 1.05" in manifest.why
+    assert load_subgraphs(tmp_path, checkpoint, full) == {}
+    assert sorted(load_drafts(checkpoint, full, tmp_path)) == ["pooled"]
+
+
+def test_where_plain_rounding_is_best_there_is_no_subgraph(traced: Traced) -> None:
+    record = traced[1]["digits"].candidates[0].model_copy(update={"speedup": 2.0})
+    plain = record.model_copy(update={"plan": replace(record.plan, repaired=False), "speedup": 2.1})
+    assert pipeline.judge(record, [record, plain])[0]
+    pays, why = pipeline.judge(plain, [record, plain])
+    assert not pays
+    assert "the whole model in int4 needs none" in why
+
+
+def test_the_front_holds_what_nothing_beats(traced: Traced) -> None:
+    record = traced[1]["digits"].candidates[0]
+    sizes = [(0.1, 1.2), (0.2, 1.1), (0.2, 1.5), (0.3, 1.5), (0.05, 1.0)]
+    records = [record.model_copy(update={"bytes_share": b, "speedup": s}) for b, s in sizes]
+    assert pipeline.find_front(records) == [True, False, True, False, True]
+
+
+def test_the_table_beside_the_subgraph_gives_what_the_manifest_says(traced: Traced) -> None:
+    options, made = traced
+    for name, manifest in made.items():
+        table = Positions.load(options.output / name)
+        assert set(manifest.measured.on_policy) == {"1", "0.7", "0"}
+        for temperature, said in manifest.measured.on_policy.items():
+            rows = table.at(float(temperature))
+            assert said.positions == len(rows) > 0
+            assert said.accepted == pytest.approx(pipeline.conditional_acceptance(rows), abs=1e-5)
+            assert 0 <= said.ece <= 1
 
 
 def test_texts_are_drawn_up_to_the_budget(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,16 +219,3 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
     model = str(save_tiny(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"size 0\.001 allows 0\.00 MB per step: too little for attention and head"):
         trace(Options(model, tmp_path / "out", write_prompts(tmp_path / "prompts"), size=0.001), lambda line: None)
-
-
-def test_costs_are_in_full_steps(tmp_path: Path) -> None:
-    big = {"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 512}
-    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path, **big))), "fp32")
-    none = torch.arange(0)
-    small = slice_decoder(full, Kept((none,) * 7 + (torch.arange(2),), (none,) * 8))
-    same, less = pipeline.time_graphs(full, [full, small])
-    assert set(less.v) == {1, 2, 4, 9}
-    assert less.v == same.v
-    assert less.v[1] == 1
-    assert 0 < less.c < 0.8 * same.c
-    assert less.full_ms > 0

@@ -1,0 +1,113 @@
+"""What a plan would cost and bring, without timing every plan: plain shapes are timed once for a model and machine, a
+line through them prices any other.
+
+A draft step costs `fixed + sublayers * per_sublayer + bytes * per_byte`; which units are kept and how they were rounded
+does not change it, so neither classes nor repaired weights need timing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from strace.checkpoint import quantise_decoder
+from strace.costs import (
+    TYPICAL,
+    CostTable,
+    count_blocks,
+    describe_setting,
+    draw_curve,
+    list_cases,
+    load_table,
+    measure_costs,
+    save_table,
+    stamp,
+)
+from strace.decoder import Decoder
+from strace.graphs import make_runner
+from strace.keep import NEURON_BLOCK, Kept, slice_decoder
+from strace.runner import FULL
+
+LENGTHS = (1, 2, 4, 9)  # tokens of the full passes timed; 9 verifies the longest draft
+# Shares of the attention layers, neurons and head rows of the shapes timed: they span what plans may keep.
+SHAPES = ((1, 1, 1), (1, 1 / 2, 1 / 2), (1, 1 / 4, 1 / 4), (1, 1 / 4, 1), (1 / 2, 1 / 2, 1 / 2))
+ROUNDS = 30
+BUDGET = 40.0  # seconds after which no further round of timing is begun
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds by size. draft: of (1, sublayers, bytes) per step. full: of full passes, by tokens. runner: ran them."""
+
+    draft: tuple[float, float, float]
+    full: dict[int, float]
+    runner: str
+
+    def c(self, subgraph: Decoder) -> float:
+        """A draft step of `subgraph`, in full steps."""
+        return float(np.dot(self.draft, _features(subgraph))) / self.full[1]
+
+    @property
+    def v(self) -> dict[int, float]:
+        """Full passes in full steps, by tokens."""
+        return {n: seconds / self.full[1] for n, seconds in self.full.items()}
+
+    @property
+    def full_ms(self) -> float:
+        return self.full[1] * 1e3
+
+
+def _features(graph: Decoder) -> tuple[int, int, int]:
+    sublayers = sum(part is not None for layer in graph.layers for part in (layer.attention, layer.mlp))
+    return 1, sublayers, graph.bytes_per_step
+
+
+def list_shapes(full: Decoder, format: str) -> dict[str, Decoder]:
+    """Graphs of the sizes to time, by name, plainly quantised: which units they keep does not matter."""
+    spec = full.spec
+    shapes = {}
+    for attention, mlp, head in SHAPES:
+        layers = range(spec.layers)
+        groups = tuple(torch.arange(spec.kv_heads if l < round(attention * spec.layers) else 0) for l in layers)
+        neurons = (
+            torch.arange(min(spec.mlp, max(1, round(mlp * spec.mlp / NEURON_BLOCK)) * NEURON_BLOCK)),
+        ) * spec.layers
+        ids = None if head == 1 else torch.arange(round(head * spec.vocabulary))
+        name = f"attention {attention:g}, neurons {mlp:g}, head {head:g}, {format}"
+        shapes[name] = quantise_decoder(slice_decoder(full, Kept(groups, neurons, ids)), format)
+    return shapes
+
+
+def price_steps(
+    full: Decoder,
+    weight_hash: str,
+    format: str,
+    runner: str = "auto",
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepCosts:
+    """The costs on this machine: from the table kept for this model and setting, else timed now and kept."""
+    shapes = list_shapes(full, format)
+    cases = list_cases(full.spec.context, (TYPICAL,), (1,), LENGTHS)
+    served = make_runner({FULL: full, **shapes}, count_blocks(cases), runner)
+    setting = describe_setting(served, weight_hash)
+    table = load_table(setting)
+    if table is None:
+        costs = measure_costs(served, list(shapes), cases, ROUNDS, BUDGET, clock=clock)
+        table = CostTable(setting, stamp(), 0.0, costs, {})
+        save_table(table)
+    return fit_costs(table, list(shapes.values()), list(shapes))
+
+
+def fit_costs(table: CostTable, graphs: Sequence[Decoder], names: Sequence[str]) -> StepCosts:
+    """The line, no part of it below zero, nearest to the measured draft steps."""
+    rows = np.array([_features(graph) for graph in graphs], dtype=float)
+    seconds = np.array([draw_curve(table.costs, name)[1] for name in names])
+    scale = rows.max(0)
+    weights, _ = nnls(rows / scale / seconds[:, None], np.ones(len(seconds)))  # relative errors count
+    fixed, sublayer, byte = (weights / scale).tolist()
+    return StepCosts((fixed, sublayer, byte), draw_curve(table.costs, FULL), table.setting.runner)
