@@ -1,0 +1,71 @@
+"""`benchmarks/subgraphs.py`: controls within the same bytes, emulated formats, results that survive being cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import subgraphs
+from strace.checkpoint import load_decoder, open_checkpoint
+from strace.classes import read_prompts, split_classes
+from strace.keep import full_bytes, kept_bytes
+from strace.linear import quantise
+from strace.measure import Acceptance
+from tests.strace.test_trace import write_prompts
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> subgraphs.Traced:
+    here = tmp_path_factory.mktemp("bench")
+    checkpoint = open_checkpoint(str(save_tiny(here / "model")))
+    parts = split_classes(read_prompts(write_prompts(here / "prompts")))["digits"]
+    return subgraphs.Traced(checkpoint, load_decoder(checkpoint, "bf16"), "digits", parts, here)
+
+
+def test_every_control_takes_no_more_bytes_than_ours_may(traced: subgraphs.Traced) -> None:
+    budget = 0.2 * full_bytes(traced.full)
+    ours = traced.ours(0.2)
+    made = {units: traced.control(units, 0.2, ours.plan) for units in subgraphs.CONTROLS}
+    for each in (ours, *made.values()):
+        assert kept_bytes(traced.full.spec, each.kept, "int4") <= budget
+        assert each.subgraph.head.shape == ours.subgraph.head.shape
+    assert traced.make(ours.plan, traced.refit, repaired=False).subgraph.bytes_per_step <= ours.subgraph.bytes_per_step
+    assert len({str(m.kept.neurons) for m in made.values()}) > 2
+    sizes = [len(groups) for groups in made["first"].kept.groups]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_ours_comes_back_from_the_disk_bit_for_bit(traced: subgraphs.Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = traced.ours(0.2)
+    monkeypatch.setattr(subgraphs, "fit_size", None)  # nothing may be tried again
+    again = traced.ours(0.2)
+    assert again.plan == made.plan
+    torch.testing.assert_close(again.subgraph.head.dense(), made.subgraph.head.dense(), rtol=0, atol=0)
+
+
+@given(st.integers(0, 100))
+def test_more_bits_err_less_and_four_are_as_good_as_int4(seed: int) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+    errors = [float((subgraphs.round_plainly(weight, bits) - weight).square().sum()) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 1.3 * float((quantise(weight, "int4").dense() - weight).square().sum())
+    assert len(subgraphs.round_plainly(weight, 2)[0, :32].unique()) <= 4
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    acceptance = Acceptance((0.9,) * 8, (0.8,) * 8, 100)
+    subgraphs.Results(tmp_path).add("chat", "ours", 0.25, lambda: (acceptance, 0.24, "plan"))
+    results = subgraphs.Results(tmp_path)
+
+    def fail() -> tuple[Acceptance, float, str]:
+        raise AssertionError("measured again")
+
+    results.add("chat", "ours", 0.25, fail)
+    results.add("chat", "int4", 1.0, lambda: (acceptance, 0.28, "whole"))
+    means = subgraphs.show(results.rows)
+    assert [(m["method"], m["accepted"], m["agreement"]) for m in means] == [("int4", 0.9, 0.8), ("ours", 0.9, 0.8)]
