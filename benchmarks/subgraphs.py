@@ -53,8 +53,8 @@ from strace.subgraph import restore_tensors, save_tensors
 from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 
 CLASSES = ("chat", "code", "facts", "math", "stories")
-SIZES = (0.25, 0.125, 0.5, 1 / 3)
-COVERAGES = (0.96, 0.98, 0.99, 0.995, 1.0)
+SIZES = (0.125, 0.25, 1 / 3, 0.5)
+COVERAGES = (0.98, 0.99, 0.995)
 CONTROLS = ("flow", "uniform", "random", "magnitude", "wanda", "first")
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 REPORTED = 8192  # tokens of the valid part read of a class

@@ -68,6 +68,9 @@ def trace_command(
     seed: Annotated[int, typer.Option(help="Of the split, the order of texts and the draft blocks.", min=0)] = 0,
     units: Annotated[str, typer.Option(help=f"How units are scored: {', '.join(UNITS)}.")] = "refit",
     runner: Annotated[str, typer.Option(help=f"What is timed: {', '.join(RUNNERS)}.")] = "auto",
+    distill: Annotated[
+        float, typer.Option(help="Minutes to train each class's subgraph on the full model's own text.", min=0)
+    ] = 0.0,
 ) -> None:
     """Cut a subgraph of MODEL for every prompt class, and one for all of them (`pooled`).
 
@@ -87,10 +90,12 @@ def trace_command(
     for option, value, known in (("units", units, UNITS), ("runner", runner, RUNNERS)):
         if value not in known:
             fail(f"unknown {option} {value!r}; choose one of {', '.join(known)}", WRONG_USAGE)
+    if distill and format == "bf16":
+        fail("--distill trains quantised weights; --format bf16 leaves none", WRONG_USAGE)
     if size is not None and not 0 < size <= 1:
         fail(f"--size {size} is not a share between 0 and 1", WRONG_USAGE)
     chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
-    options = Options(model, output, prompts, size, chosen, format, seed, units, runner)
+    options = Options(model, output, prompts, size, chosen, format, seed, units, runner, distill)
     console = Console(soft_wrap=True)
     with told(), console.status("tracing") as status:
 

@@ -23,6 +23,7 @@ from strace.classes import SHARES, BadPrompts, Classifier, Parts, Prompt, read_p
 from strace.controls import score_units
 from strace.costs import name_processor
 from strace.decoder import Decoder
+from strace.distill import distill
 from strace.duplicates import drop_repeats
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
@@ -69,6 +70,8 @@ BUDGETS = {"fit": 16_384, "choose": 4_096, "report": 8_192}
 FLOW_TOKENS = 8_192
 # Prompts that the full model continues, the most tokens given of each, and the most that it writes.
 CONTINUED = {"choose": 32, "report": 48}
+CONTINUED_TO_FIT = 160  # more of them: to be distilled on
+ROUND_MINUTES = 5.0
 GIVEN, WRITTEN = 128, 96
 WORTH = 1.05  # a predicted speedup below this is not worth a subgraph
 COVERAGES = (0.97, 0.98, 0.99, 0.995, 1.0)
@@ -79,7 +82,7 @@ PLAIN = "all units, plainly rounded"  # what serves where nothing was traced
 class Options:
     """What `strace-llm trace` was asked for. `size`: share of the full model's bf16 bytes per step (None: the best of
     many). `prompts`: a folder (None: the shipped ones). `classes`: only these of it (empty: all). `units`: how they are
-    scored (strace.controls). `runner`: what is timed and continues prompts."""
+    scored (strace.controls). `runner`: what is timed and continues prompts. `distill`: minutes of training a class."""
 
     model: str
     output: Path
@@ -90,6 +93,7 @@ class Options:
     seed: int = 0
     units: str = "refit"
     runner: str = "auto"
+    distill: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
             hash=digest,
             repeats=distinct.repeats[use],
         )
-    drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in CONTINUED.items()}
+    counts = {"fit": CONTINUED_TO_FIT, **CONTINUED}
+    drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in counts.items()}
     return Material(texts, data, drawn)
 
 
@@ -214,7 +219,9 @@ class Tracer:
         plans = [asdict(plan) for plan in plan_candidates(options.size, options.format, options.units)]
         data = {use: about.hash for use, about in material.data.items()}
         base = [SCHEMA, self.base.weight_hash, self.base.tokenizer_hash, self.machine.model_dump()]
-        parts = [*base, data, material.prompts, WRITTEN, plans, options.size, options.seed]
+        prompts = {use: material.prompts[use] for use in CONTINUED}
+        parts = [*base, data, prompts, WRITTEN, plans, options.size, options.seed]
+        parts += [options.distill] if options.distill else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def finished(self, name: str, recipe: str) -> bool:
@@ -247,7 +254,9 @@ class Tracer:
         own = {use: self.continue_part(material, use, TEMPERATURES) for use in CONTINUED}
         work = self.options.output / ".work" / f"{name}-{recipe[:16]}"
         tried = self.try_plans(name, flow, head, material, own["choose"], work)
-        best = max(tried, key=lambda t: t.record.speedup)
+        best = choose(tried)
+        if self.options.distill:
+            best = self.distil(name, best, material, own["choose"], work)
         manifest, positions = self.describe(name, material, recipe, best, tried, own)
         saved = save_subgraph(self.options.output / name, manifest, best.subgraph, best.kept, positions)
         shutil.rmtree(work, ignore_errors=True)
@@ -312,6 +321,31 @@ class Tracer:
             work.mkdir(parents=True, exist_ok=True)
             save_tensors(path, subgraph, kept)
         return subgraph
+
+    def distil(self, name: str, best: Tried, material: Material, own: Sequence[Continuation], work: Path) -> Tried:
+        """The chosen subgraph trained for the minutes asked for, on texts to fit and the full model's continuations of
+        their prompts; as it was where that did not raise its predicted speedup. Each round is kept in `work`."""
+        written = self.continue_part(material, "fit", (1.0,))
+        texts = [*material.texts["fit"], *batch_texts([c.ids for c in written])]
+        rounds = max(1, round(self.options.distill / ROUND_MINUTES))
+        work.mkdir(parents=True, exist_ok=True)
+        subgraph = best.subgraph
+        for number in range(rounds + 1):
+            path = work / f"distilled-{number}.safetensors"
+            if not path.exists():
+                if number:
+                    self.say(f"{name}: distilling, round {number} of {rounds}")
+                    seconds = 60 * self.options.distill / rounds
+                    subgraph = distill(self.full, subgraph, texts, seconds, self.options.seed + number).subgraph
+                save_tensors(path, subgraph, best.kept)
+            restored = restore_tensors(path, best.kept, self.full)  # holds no inference tensor
+            assert restored is not None, "it was just written"
+            subgraph = restored
+        record = self.record(best.record.plan, subgraph, own)
+        self.say(f"{name}: distilled: {_summarise(record)}")
+        if record.speedup <= best.record.speedup:
+            return best
+        return Tried(subgraph, best.kept, record.model_copy(update={"best": best.record.best}))
 
     def record(self, plan: Plan, subgraph: Decoder, own: Sequence[Continuation]) -> Candidate:
         """A candidate's acceptance on the full model's own text, and what that is predicted to bring."""
@@ -397,9 +431,17 @@ def find_front(records: Sequence[Candidate]) -> list[bool]:
     ]
 
 
+def choose(tried: Sequence[Tried]) -> Tried:
+    """The candidate of the highest predicted speedup at temperature 1; of those within a hundredth of it, which is less
+    than the prediction is good for, the best greedy one."""
+    most = max(t.record.speedup for t in tried)
+    return max((t for t in tried if t.record.speedup >= 0.99 * most), key=lambda t: t.record.greedy)
+
+
 def judge(best: Candidate, tried: Sequence[Candidate]) -> tuple[bool, str]:
     """Whether the best candidate shall be served, and why it or none is."""
-    text = f"{best.plan.name}: highest predicted speedup ({best.speedup:.2f}) of {len(tried)} candidates"
+    predicted = f"highest predicted speedup ({best.speedup:.2f}, greedy {best.greedy:.2f})"
+    text = f"{best.plan.name}: {predicted} of {len(tried)} candidates"
     if best.speedup < WORTH:
         return False, f"no subgraph: {text}; below {WORTH} on this machine and runner, where it does not pay"
     if not best.plan.repaired:
