@@ -21,7 +21,7 @@ from server import bench as benchmark
 from server import console
 from server.api.errors import ApiError
 from server.api.protocol import ChatRequest, CompletionRequest, Message, StraceOptions
-from server.config import Compile, Dtype, EngineConfig, RunnerKind, ServeConfig
+from server.config import Compile, Dtype, EngineConfig, ReasoningParser, RunnerKind, ServeConfig, ToolParser
 from server.engine.engine import StepFailed
 from server.engine.request import Mode
 from server.load import load_served
@@ -96,6 +96,13 @@ def serve(
     max_queue: Annotated[int | None, setting("max_queue")] = None,
     kv_memory: Annotated[int | None, setting("kv_memory")] = None,
     max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
+    request_timeout: Annotated[float | None, setting("request_timeout")] = None,
+    api_key_file: Annotated[Path | None, setting("api_key_file")] = None,
+    cors_origins: Annotated[list[str] | None, setting("cors_origins", "--cors-origin")] = None,
+    tls_certificate: Annotated[Path | None, setting("tls_certificate")] = None,
+    tls_key: Annotated[Path | None, setting("tls_key")] = None,
+    tool_parser: Annotated[ToolParser | None, setting("tool_parser")] = None,
+    reasoning_parser: Annotated[ReasoningParser | None, setting("reasoning_parser")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible API until interrupted."""
     config = configure(ServeConfig, **locals())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.engine.request import Mode
@@ -14,6 +14,8 @@ from strace.checkpoint import EMBEDDED
 Dtype = Literal["auto", "bf16", "fp32", "int8", "int4"]
 RunnerKind = Literal["auto", "native", "torch"]
 Compile = Literal["auto", "on", "off"]
+ToolParser = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
+ReasoningParser = Literal["auto", "think", "none"]
 
 
 class EngineConfig(BaseSettings):
@@ -30,6 +32,10 @@ class EngineConfig(BaseSettings):
     kv_memory: int | None = Field(None, ge=1, description="MiB for the KV cache; default: a share of what is free")
     runner: RunnerKind = Field("auto", description="what computes: native or torch; auto: native on the CPU if built")
     compile: Compile = Field("auto", description="capture whole steps as CUDA graphs; auto: wherever there is CUDA")
+    tool_parser: ToolParser = Field("auto", description="format of the model's tool calls; auto: by its chat template")
+    reasoning_parser: ReasoningParser = Field(
+        "auto", description="marks of the model's thoughts; auto: think, if its chat template has <think>"
+    )
     max_queue: int = Field(64, ge=1, description="requests that may wait before new ones are refused with 429")
 
 
@@ -44,7 +50,12 @@ class ServeConfig(EngineConfig):
     api_key: SecretStr | None = Field(
         None, min_length=1, description="key that requests must send; default: none needed"
     )
+    api_key_file: Path | None = Field(None, description="file with more such keys, one per line")
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="largest request body")
+    request_timeout: float | None = Field(None, gt=0, description="seconds until a request is given up; default: none")
+    cors_origins: tuple[str, ...] = Field((), description="origins whose web pages may ask; * for any")
+    tls_certificate: Path | None = Field(None, description="PEM file; with --tls-key serves HTTPS")
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key")
 
     @field_validator("served_model_name")
     @classmethod
@@ -53,6 +64,31 @@ class ServeConfig(EngineConfig):
         if name is not None and ":" in name:
             raise ValueError("must not contain a colon")
         return name
+
+    @model_validator(mode="after")
+    def check_tls(self) -> ServeConfig:
+        """One half of a key pair is of no use."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        return self
+
+    def api_keys(self) -> list[str]:
+        """Every key that is accepted.
+
+        Raises:
+            ValueError: the file cannot be read or holds no key.
+        """
+        keys = [] if self.api_key is None else [self.api_key.get_secret_value()]
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--api-key-file {self.api_key_file}: {error}") from error
+            more = [line.strip() for line in lines if line.strip()]
+            if not more:
+                raise ValueError(f"--api-key-file {self.api_key_file} holds no key")
+            keys += more
+        return keys
 
     @property
     def name(self) -> str:

@@ -109,7 +109,7 @@ def converse(served: Served, ask: Callable[[list[Message]], ChatRequest], out: C
             continue
         messages.append(Message(role="user", content=line))
         try:
-            request = chat.prepare(served, ask(messages), f"chat-{len(messages)}")
+            (request,), _ = chat.prepare(served, ask(messages), f"chat-{len(messages)}")
         except ApiError as error:
             notes.out(f"error: {error}", highlight=False)
             messages.pop()

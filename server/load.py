@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import torch
 
+from server.api.output import CALL_FORMATS, THINK, find_call_format
 from server.api.served import Served
 from server.config import EngineConfig, ServeConfig
 from server.engine.build import Placement, build_engine
@@ -42,6 +43,8 @@ def load_served(config: EngineConfig) -> Served:
     name = config.name if isinstance(config, ServeConfig) else config.model
     metrics.watch(engine.stats)
     metrics.info.labels(version("strace-llm"), name, choose_dtype(config.device, config.dtype), config.device).set(1)
+    template = str(checkpoint.tokenizer.chat_template or "")
+    auto = config.tool_parser == "auto"
     return Served(
         name=name,
         engine=engine,
@@ -52,4 +55,8 @@ def load_served(config: EngineConfig) -> Served:
         metrics=metrics,
         mode=config.mode,
         max_queue=config.max_queue,
+        max_draft=engine.options.max_draft,
+        timeout=config.request_timeout if isinstance(config, ServeConfig) else None,
+        calls=find_call_format(template) if auto else CALL_FORMATS.get(config.tool_parser),
+        thinks=config.reasoning_parser == "think" or (config.reasoning_parser == "auto" and THINK in template),
     )

@@ -25,13 +25,13 @@ def serve(config: ServeConfig) -> None:
 
     Raises:
         OSError: the address cannot be listened on.
-        ValueError: see `load_served`.
+        ValueError: see `load_served` and `ServeConfig.api_keys`.
     """
     # Before the model is loaded, which may take minutes.
     with listen(config.host, config.port) as listener:
+        keys = config.api_keys()
         served = load_served(config)
-        key = None if config.api_key is None else config.api_key.get_secret_value()
-        app = create_app(served, key, config.max_body_bytes)
+        app = create_app(served, keys, config.max_body_bytes, config.cors_origins)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -39,6 +39,8 @@ def serve(config: ServeConfig) -> None:
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=DRAIN_SECONDS + 1,
+                ssl_certfile=config.tls_certificate,
+                ssl_keyfile=config.tls_key,
             )
         )
         print(describe(served, config, listener.getsockname()[1]), flush=True)
@@ -69,15 +71,17 @@ def listen(host: str, port: int) -> socket.socket:
 def describe(served: Served, config: ServeConfig, port: int) -> str:
     """What is served, where, and a request to try."""
     host = ANYWHERE.get(config.host, config.host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if config.tls_key is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     body = json.dumps({"model": served.name, "messages": [{"role": "user", "content": "Hello"}]})
-    key = "" if config.api_key is None else ' -H "Authorization: Bearer $STRACE_LLM_API_KEY"'
+    locked = config.api_key is not None or config.api_key_file is not None
+    key = "" if not locked else ' -H "Authorization: Bearer $STRACE_LLM_API_KEY"'
     lines = [
         f"strace-llm {version('strace-llm')} serves {served.name} on {config.device}: mode {served.mode.value}, "
         f"classes {', '.join(served.classes) or 'none'}, context {served.context} tokens",
         f"API at {url}/v1, metrics at {url}/metrics",
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ]
-    if config.host in ANYWHERE and config.api_key is None:
+    if config.host in ANYWHERE and not locked:
         lines.append("warning: reachable from other machines, and no --api-key is set")
     return "\n".join(lines)

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from server.api.errors import DOCUMENTED
-from server.api.generation import Generation, count_usage, event_stream, final_ran, report, while_connected
+from server.api.errors import DOCUMENTED, invalid
+from server.api.generation import (
+    Generation,
+    count_usage,
+    event_stream,
+    final_ran,
+    reports,
+    request_metrics,
+    while_connected,
+)
+from server.api.output import Answer, Call, Part, Reader, Thought, put_together
 from server.api.protocol import (
     AssistantMessage,
+    CallDelta,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
     ChatRequest,
     ChunkChoice,
     Delta,
+    FinishReason,
+    FunctionDelta,
+    RequestMetrics,
+    ToolCall,
 )
 from server.api.served import Served, served_model
 from server.engine import request as engine
@@ -28,49 +43,107 @@ router = APIRouter()
 STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, then [DONE]"}}}
 
 
-def prepare(served: Served, body: ChatRequest, id: str) -> engine.Request:
-    """The engine's request for a conversation."""
+def prepare(served: Served, body: ChatRequest, id: str) -> tuple[list[engine.Request], list[Reader]]:
+    """The engine's requests for a conversation, one per answer, and what reads each answer."""
     served.route(body.model, body.strace)
-    prompt = served.encode_chat(body.messages)
-    return served.make_request(body, prompt, body.limit, None, "messages", id)
+    if body.n > served.max_queue:
+        raise invalid(f"{body.n} answers are more than the queue holds ({served.max_queue})", "n")
+    prompt = served.write_request(body)
+    requests = served.make_requests(body, served.encode_chat(prompt), body.limit, None, "messages", id)
+    return requests, [served.reader(body, prompt) for _ in requests]
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: {"content": STREAM}, **DOCUMENTED})
 async def create_chat_completion(body: ChatRequest, request: Request) -> ChatCompletion | Response:
     """Answer a conversation."""
     served = served_model(request)
-    served.require_ready()
+    served.require_running()
     id = f"chatcmpl-{request.state.request_id}"
-    generation = Generation(served.engine, [await run_in_threadpool(prepare, served, body, id)])
+    requests, readers = await run_in_threadpool(prepare, served, body, id)
+    generation = Generation(served.engine, requests, served.timeout)
     if body.stream:
-        return event_stream(generation, _chunks(generation, body, id), served.metrics)
+        return event_stream(generation, _chunks(generation, readers, served, body, id), served.metrics)
     with generation:
-        ((text, last),) = await while_connected(request, generation.collect())
-    ran = final_ran(last)
-    message = AssistantMessage(content=text)
+        results = await while_connected(request, generation.collect())
+    rans = [final_ran(last) for _, last in results]
     return ChatCompletion(
         id=id,
         created=int(time.time()),
         model=body.model,
-        choices=[ChatChoice(index=0, message=message, finish_reason=last.finish)],
-        usage=count_usage([ran]),
-        strace=report(ran),
+        choices=[
+            choose(index, reader.feed(text, final=True), last.finish)
+            for index, (reader, (text, last)) in enumerate(zip(readers, results, strict=True))
+        ],
+        usage=count_usage(rans, body.n),
+        strace=reports(rans),
+        metrics=_metrics(served, body, rans),
     )
 
 
-async def _chunks(generation: Generation, body: ChatRequest, id: str) -> AsyncIterator[ChatChunk]:
-    """Role, text as it comes, finish reason, usage if asked for; the last one says what ran."""
+def choose(index: int, parts: Iterable[Part], finish: str | None) -> ChatChoice:
+    """One whole answer."""
+    told = put_together(parts)
+    calls = [
+        ToolCall(id=id, function=CalledFunction(name=name, arguments=arguments)) for id, name, arguments in told.calls
+    ]
+    message = AssistantMessage(
+        content=told.answer if told.answer or not calls else None,
+        reasoning_content=told.thoughts or None,
+        tool_calls=calls or None,
+    )
+    return ChatChoice(index=index, message=message, finish_reason=finish_reason(finish, bool(calls)))
+
+
+def finish_reason(finish: str | None, called: bool) -> FinishReason:
+    """Why an answer ended, as OpenAI says it."""
+    if finish == "stop":
+        return "tool_calls" if called else "stop"
+    return "length"
+
+
+def _metrics(served: Served, body: ChatRequest, rans: list[engine.Ran]) -> RequestMetrics | None:
+    return request_metrics(rans, served.max_draft) if body.strace.metrics else None
+
+
+def _delta(part: Part) -> Delta:
+    """A part as a chunk carries it."""
+    match part:
+        case Thought(text):
+            return Delta(reasoning_content=text)
+        case Answer(text):
+            return Delta(content=text)
+        case Call(index, arguments, id, name):
+            kind = None if id is None else "function"
+            return Delta(
+                tool_calls=[
+                    CallDelta(index=index, id=id, type=kind, function=FunctionDelta(name=name, arguments=arguments))
+                ]
+            )
+
+
+async def _chunks(
+    generation: Generation, readers: list[Reader], served: Served, body: ChatRequest, id: str
+) -> AsyncIterator[ChatChunk]:
+    """Roles, text as it comes, each answer's finish reason, usage if asked for; the last chunk says what ran."""
     chunk: Callable[..., ChatChunk] = partial(ChatChunk, id=id, created=int(time.time()), model=body.model)
-    yield chunk(choices=[ChunkChoice(index=0, delta=Delta(role="assistant", content=""))])
-    async for _, update in generation.updates():
-        if update.text:
-            yield chunk(choices=[ChunkChoice(index=0, delta=Delta(content=update.text))])
+    for index in range(len(readers)):
+        yield chunk(choices=[ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
+    called: set[int] = set()
+    finished: dict[int, engine.Ran] = {}
+    async for index, update in generation.updates():
+        for part in readers[index].feed(update.text, final=update.finish is not None):
+            if isinstance(part, Call):
+                called.add(index)
+            yield chunk(choices=[ChunkChoice(index=index, delta=_delta(part))])
         if update.finish is None:
             continue
-        ran = final_ran(update)
-        end = [ChunkChoice(index=0, delta=Delta(), finish_reason=update.finish)]
-        if body.wants_usage:
+        finished[index] = final_ran(update)
+        end = [ChunkChoice(index=index, delta=Delta(), finish_reason=finish_reason(update.finish, index in called))]
+        rans = [finished[i] for i in sorted(finished)]
+        if len(rans) < len(readers) or body.wants_usage:
             yield chunk(choices=end)
-            yield chunk(choices=[], usage=count_usage([ran]), strace=report(ran))
         else:
-            yield chunk(choices=end, strace=report(ran))
+            yield chunk(choices=end, strace=reports(rans), metrics=_metrics(served, body, rans))
+    if body.wants_usage:
+        usage = count_usage(rans, body.n)
+        yield chunk(choices=[], usage=usage, strace=reports(rans), metrics=_metrics(served, body, rans))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
@@ -11,8 +11,16 @@ from fastapi.concurrency import run_in_threadpool
 
 from server.api.chat import STREAM
 from server.api.errors import DOCUMENTED, invalid
-from server.api.generation import Generation, count_usage, event_stream, final_ran, report, while_connected
-from server.api.protocol import Completion, CompletionChoice, CompletionRequest, StraceReport
+from server.api.generation import (
+    Generation,
+    count_usage,
+    event_stream,
+    final_ran,
+    reports,
+    request_metrics,
+    while_connected,
+)
+from server.api.protocol import Completion, CompletionChoice, CompletionRequest, RequestMetrics
 from server.api.served import Served, served_model
 from server.engine import request as engine
 
@@ -20,17 +28,20 @@ router = APIRouter()
 
 
 def prepare(served: Served, body: CompletionRequest, id: str) -> list[engine.Request]:
-    """The engine's requests, one per prompt."""
+    """The engine's requests: for each prompt in turn, one per answer."""
     served.route(body.model, body.strace)
     if not body.prompts:
         raise invalid("the prompt is empty", "prompt")
-    if len(body.prompts) > served.max_queue:
-        raise invalid(f"{len(body.prompts)} prompts are more than the queue holds ({served.max_queue})", "prompt")
+    count = len(body.prompts) * body.n
+    if count > served.max_queue:
+        message = f"{len(body.prompts)} prompts x n = {body.n} are more than the queue holds ({served.max_queue})"
+        raise invalid(message, "prompt" if len(body.prompts) > served.max_queue else "n")
     return [
-        served.make_request(
+        request
+        for index, prompt in enumerate(body.prompts)
+        for request in served.make_requests(
             body, served.encode_prompt(prompt), body.max_tokens, body.DEFAULT_LIMIT, "prompt", f"{id}-{index}"
         )
-        for index, prompt in enumerate(body.prompts)
     ]
 
 
@@ -38,12 +49,12 @@ def prepare(served: Served, body: CompletionRequest, id: str) -> list[engine.Req
 async def create_completion(body: CompletionRequest, request: Request) -> Completion | Response:
     """Continue one text, or several."""
     served = served_model(request)
-    served.require_ready()
+    served.require_running()
     id = f"cmpl-{request.state.request_id}"
     requests = await run_in_threadpool(prepare, served, body, id)
-    generation = Generation(served.engine, requests)
+    generation = Generation(served.engine, requests, served.timeout)
     if body.stream:
-        return event_stream(generation, _chunks(generation, body, id), served.metrics)
+        return event_stream(generation, _chunks(generation, served, body, id), served.metrics)
     with generation:
         results = await while_connected(request, generation.collect())
     rans = [final_ran(last) for _, last in results]
@@ -56,29 +67,32 @@ async def create_completion(body: CompletionRequest, request: Request) -> Comple
         created=int(time.time()),
         model=body.model,
         choices=choices,
-        usage=count_usage(rans),
+        usage=count_usage(rans, body.n),
         strace=reports(rans),
+        metrics=_metrics(served, body, rans),
     )
 
 
-def reports(rans: Sequence[engine.Ran]) -> StraceReport | list[StraceReport]:
-    """One report for one prompt, else one per prompt."""
-    return report(rans[0]) if len(rans) == 1 else [report(ran) for ran in rans]
+def _metrics(served: Served, body: CompletionRequest, rans: list[engine.Ran]) -> RequestMetrics | None:
+    return request_metrics(rans, served.max_draft) if body.strace.metrics else None
 
 
-async def _chunks(generation: Generation, body: CompletionRequest, id: str) -> AsyncIterator[Completion]:
-    """Text as it comes, each prompt's finish reason with its last piece; the last chunk says what ran."""
+async def _chunks(
+    generation: Generation, served: Served, body: CompletionRequest, id: str
+) -> AsyncIterator[Completion]:
+    """Text as it comes, each text's finish reason with its last piece; the last chunk says what ran."""
     chunk: Callable[..., Completion] = partial(Completion, id=id, created=int(time.time()), model=body.model)
-    rans: dict[int, engine.Ran] = {}
+    finished: dict[int, engine.Ran] = {}
     async for index, update in generation.updates():
         choice = CompletionChoice(index=index, text=update.text, finish_reason=update.finish)
         if update.finish is not None:
-            rans[index] = final_ran(update)
-        ended = len(rans) == len(body.prompts)
+            finished[index] = final_ran(update)
+        ended = len(finished) == len(body.prompts) * body.n
+        rans = [finished[i] for i in sorted(finished)]
         if ended and not body.wants_usage:
-            yield chunk(choices=[choice], strace=reports([rans[i] for i in sorted(rans)]))
+            yield chunk(choices=[choice], strace=reports(rans), metrics=_metrics(served, body, rans))
         elif update.text or update.finish:
             yield chunk(choices=[choice])
     if body.wants_usage:
-        ordered = [rans[i] for i in sorted(rans)]
-        yield chunk(choices=[], usage=count_usage(ordered), strace=reports(ordered))
+        usage = count_usage(rans, body.n)
+        yield chunk(choices=[], usage=usage, strace=reports(rans), metrics=_metrics(served, body, rans))

@@ -83,7 +83,8 @@ def _from_validation(errors: Sequence[Any], body: Any) -> ApiError:
         return invalid("the body must be a JSON object, with Content-Type: application/json")
     located = [(_path(error["loc"][1:], body, error["type"] == "missing"), error) for error in errors]
     path, chosen = max(located, key=lambda pair: len(pair[0]))
-    param = chosen.get("ctx", {}).get("param") or _dotted(path)
+    context = chosen.get("ctx", {})
+    param = context.get("param") or _dotted([*path, context["field"]] if "field" in context else path)
     if chosen["type"] == "extra_forbidden":
         known = len(path) == 1 and path[0] in UNBUILT
         return invalid(f"`{param}` is not supported by this server" if known else f"unknown field `{param}`", param)

@@ -6,7 +6,9 @@ Plain ASGI, because Starlette's BaseHTTPMiddleware hides disconnects from the ro
 from __future__ import annotations
 
 import hmac
+import re
 import uuid
+from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,15 +17,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import ApiError, respond
 from server.metrics import Metrics
 
-OPEN = ("/health", "/health/live", "/health/ready", "/metrics")
+OPEN = ("/health", "/health/live", "/health/ready")
+USABLE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class Gate:
-    """ASGI middleware; puts the request id into `scope["state"]["request_id"]` and the response's X-Request-Id."""
+    """ASGI middleware; puts the request id, the client's own where it sent a usable one, into
+    `scope["state"]["request_id"]` and the response's X-Request-Id. Without keys everyone may ask.
+    """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_keys: Collection[str], max_body_bytes: int) -> None:
         self._app, self._metrics = app, metrics
-        self._key = None if api_key is None else api_key.encode()
+        self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,7 +36,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -51,11 +57,13 @@ class Gate:
             await respond(error, self._metrics)(scope, receive, send_with_id)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in OPEN:
+        if not self._keys or scope["path"] in OPEN:
             return
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # Compared in a time that does not tell how much of the key was right.
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+        scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = sent.strip().encode("latin-1")
+        # With every key, each in a time that does not tell how much of it was right.
+        known = [hmac.compare_digest(given, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(known):
             message = "missing or wrong API key; send it as `Authorization: Bearer KEY`"
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, "authentication_error", code="invalid_api_key", headers=headers)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from types import TracebackType
 from typing import TypeVar
 
@@ -14,8 +15,8 @@ from fastapi import Request as HttpRequest
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
 
-from server.api.errors import count
-from server.api.protocol import ErrorBody, Reply, StraceReport, Usage
+from server.api.errors import ApiError, count
+from server.api.protocol import ErrorBody, Reply, RequestMetrics, SpeculativeDecoding, StraceReport, Usage
 from server.api.served import Engine
 from server.engine.request import Ran, Request, Update
 from server.metrics import Metrics
@@ -31,11 +32,14 @@ class ClientGone(Exception):
 class Generation:
     """One or more requests in the engine; leaving the `with` block, or `cancel`, ends those still running.
 
+    timeout: seconds until what is not finished is given up.
+
     Raises (when made): Refused, Overloaded, with nothing left in the engine.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[Request], timeout: float | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._timeout, self._deadline = timeout, None if timeout is None else self._loop.time() + timeout
         self._news: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
         self._handles = []
         self._open = len(requests)
@@ -66,9 +70,16 @@ class Generation:
         self.cancel()
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
-        """Each update with the number of its request, until all have finished; raises what the engine delivers."""
+        """Each update with the number of its request, until all have finished; raises what the engine delivers, and
+        ApiError 408 when time is up.
+        """
         while self._open:
-            index, news = await self._news.get()
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    index, news = await self._news.get()
+            except TimeoutError:
+                message = f"the request was not finished within {self._timeout:g} seconds"
+                raise ApiError(408, message, "timeout_error", code="timeout") from None
             if isinstance(news, Exception):
                 raise news
             self._open -= news.finish is not None
@@ -104,17 +115,24 @@ async def _disconnect(request: HttpRequest) -> None:
         pass
 
 
-def event_stream(generation: Generation, chunks: AsyncIterator[Reply], metrics: Metrics) -> EventSourceResponse:
-    """`chunks` as server-sent events, `[DONE]` last; a stream that breaks ends with an error event."""
+def event_stream(
+    generation: Generation, chunks: AsyncIterator[Reply], metrics: Metrics, named: bool = False
+) -> EventSourceResponse:
+    """`chunks` as server-sent events; a stream that breaks ends with an error event.
+
+    named: events bear their `type` as name, as those of /v1/responses do; the others end with `[DONE]`.
+    """
 
     async def events() -> AsyncIterator[ServerSentEvent]:
         with generation:
             try:
                 async for chunk in chunks:
-                    yield ServerSentEvent(chunk.model_dump_json())
+                    name = getattr(chunk, "type", None) if named else None
+                    yield ServerSentEvent(chunk.model_dump_json(), event=name)
             except Exception as error:
                 yield ServerSentEvent(ErrorBody(error=count(error, metrics).detail).model_dump_json())
-            yield ServerSentEvent("[DONE]")
+            if not named:
+                yield ServerSentEvent("[DONE]")
 
     return EventSourceResponse(
         events(),
@@ -127,10 +145,37 @@ def event_stream(generation: Generation, chunks: AsyncIterator[Reply], metrics: 
     )
 
 
-def count_usage(rans: Sequence[Ran]) -> Usage:
-    """Token counts over all texts of a response."""
-    prompt, completion = sum(ran.prompt_tokens for ran in rans), sum(ran.tokens for ran in rans)
+def count_usage(rans: Sequence[Ran], n: int = 1) -> Usage:
+    """Token counts over all texts of a response; the `n` answers to a prompt, one behind the other, share it."""
+    prompt, completion = sum(ran.prompt_tokens for ran in rans[::n]), sum(ran.tokens for ran in rans)
     return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def reports(rans: Sequence[Ran]) -> StraceReport | list[StraceReport]:
+    """One report for one text, else one per text."""
+    return report(rans[0]) if len(rans) == 1 else [report(ran) for ran in rans]
+
+
+def request_metrics(rans: Sequence[Ran], most: int) -> RequestMetrics | None:
+    """Acceptance as vLLM reports it, which has no place for several texts. most: drafts of a step."""
+    if len(rans) != 1:
+        return None
+    (ran,) = rans
+    if not ran.drafts:
+        return RequestMetrics(speculative_decoding=None)
+    reached = [ran.drafts, *ran.accepted_at, 0]
+    histogram = [here - further for here, further in pairwise(reached)]
+    return RequestMetrics(
+        speculative_decoding=SpeculativeDecoding(
+            mean_acceptance_length=1 + ran.accepted / ran.drafts,
+            draft_acceptance_rate=ran.accepted / ran.drafted,
+            acceptance_histogram=histogram + [0] * (most + 1 - len(histogram)),
+            num_spec_steps=ran.drafts,
+            num_accepted_draft_tokens=ran.accepted,
+            num_draft_tokens=ran.drafted,
+            num_spec_tokens=most,
+        )
+    )
 
 
 def report(ran: Ran) -> StraceReport:

@@ -25,7 +25,7 @@ async def live() -> Health:
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> Health:
-    """200 when the model is loaded and the engine works, else 503."""
+    """200 once the model has really produced a token, while the engine works; else 503."""
     served_model(request).require_ready()
     return Health()
 

@@ -14,22 +14,25 @@ from pydantic_core import PydanticCustomError
 UNBUILT = frozenset(
     {
         "audio",
+        "background",
         "best_of",
+        "conversation",
         "echo",
         "function_call",
         "functions",
+        "include",
         "logit_bias",
         "logprobs",
+        "max_tool_calls",
         "modalities",
         "moderation",
-        "parallel_tool_calls",
         "prediction",
+        "previous_response_id",
         "prompt_cache_retention",
+        "reasoning",
         "reasoning_effort",
         "response_format",
         "suffix",
-        "tool_choice",
-        "tools",
         "top_logprobs",
         "verbosity",
         "web_search_options",
@@ -40,7 +43,8 @@ UNBUILT = frozenset(
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 ModeName = Literal["auto", "exact", "routed", "full"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class Body(BaseModel):
@@ -70,6 +74,7 @@ class StraceOptions(Body):
         None, ge=0, le=1, description="routed: confidence from which a token is emitted unverified"
     )
     max_draft: int | None = Field(None, ge=0, description="most tokens drafted before a full pass; 0: none")
+    metrics: bool = Field(False, description="whether the response has `metrics.speculative_decoding`, as vLLM's has")
 
 
 class TextPart(Body):
@@ -79,18 +84,64 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    """What an assistant called."""
+
+    name: str
+    arguments: str = Field(description="JSON")
+
+
+class ToolCall(Body):
+    """A call of a tool, as an answer has it and as later turns repeat it."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One turn of a conversation; the model's chat template decides which roles it takes."""
 
     role: Literal["system", "user", "assistant", "developer", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+
+    @model_validator(mode="after")
+    def check_role(self) -> Message:
+        """Only an assistant that calls tools says nothing; only an assistant calls tools; an answer names its call."""
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
+            field = "tool_calls" if self.tool_calls else "reasoning_content"
+            raise PydanticCustomError("role", "only an assistant has it", {"field": field})
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "is missing", {"field": "content"})
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("tool", "a tool's message needs it", {"field": "tool_call_id"})
+        return self
 
     @property
     def text(self) -> str:
         """The content as one string, parts on lines of their own."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+
+
+class Function(Body):
+    """A function the model may call; `parameters` is a JSON schema, which the model is told but not held to."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Body):
+    """A tool the model may use."""
+
+    type: Literal["function"]
+    function: Function
 
 
 class GenerationRequest(Body):
@@ -107,7 +158,7 @@ class GenerationRequest(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=128, description="answers per prompt")
     strace: StraceOptions = StraceOptions()
     # These cannot change the output, so they are taken and left alone.
     user: str | None = None
@@ -136,6 +187,11 @@ class GenerationRequest(Body):
         return self
 
     @property
+    def callable(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return []
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -151,6 +207,10 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to the chat template")
 
     @model_validator(mode="after")
     def check_limits(self) -> ChatRequest:
@@ -159,6 +219,18 @@ class ChatRequest(GenerationRequest):
         if len(limits) > 1:
             raise PydanticCustomError("limits", "contradicts `max_tokens`", {"param": "max_completion_tokens"})
         return self
+
+    @model_validator(mode="after")
+    def check_tools(self) -> ChatRequest:
+        """A choice among no tools would be silently ignored otherwise."""
+        if self.tool_choice is not None and self.tools is None:
+            raise PydanticCustomError("tool_choice", "only allowed with `tools`", {"param": "tool_choice"})
+        return self
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def limit(self) -> int | None:
@@ -207,6 +279,24 @@ class StraceReport(Reply):
     bypass: str | None = Field(description="why nothing was drafted, if nothing was")
 
 
+class SpeculativeDecoding(Reply):
+    """Acceptance of one text in vLLM's shape; a step is a full pass over drafts, a length counts its own token too."""
+
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: list[int] = Field(description="[j]: steps that accepted exactly j drafts")
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int = Field(description="most drafts of a step")
+
+
+class RequestMetrics(Reply):
+    """Measurements of one text."""
+
+    speculative_decoding: SpeculativeDecoding | None = Field(description="null where nothing was drafted")
+
+
 def _is_none(value: object) -> bool:
     return value is None
 
@@ -215,8 +305,10 @@ class AssistantMessage(Reply):
     """The answer of a chat completion."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = Field(None, exclude_if=_is_none)
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
 
 
 class ChatChoice(Reply):
@@ -237,7 +329,24 @@ class ChatCompletion(Reply):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    strace: StraceReport
+    strace: StraceReport | list[StraceReport] = Field(description="one report, or for several answers one each")
+    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
+
+
+class FunctionDelta(Reply):
+    """What a chunk adds to a call."""
+
+    name: str | None = Field(None, exclude_if=_is_none)
+    arguments: str | None = Field(None, exclude_if=_is_none)
+
+
+class CallDelta(Reply):
+    """A call that begins, or more of its arguments."""
+
+    index: int
+    id: str | None = Field(None, exclude_if=_is_none)
+    type: Literal["function"] | None = Field(None, exclude_if=_is_none)
+    function: FunctionDelta
 
 
 class Delta(Reply):
@@ -245,6 +354,8 @@ class Delta(Reply):
 
     role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
     content: str | None = Field(None, exclude_if=_is_none)
+    reasoning_content: str | None = Field(None, exclude_if=_is_none)
+    tool_calls: list[CallDelta] | None = Field(None, exclude_if=_is_none)
 
 
 class ChunkChoice(Reply):
@@ -265,7 +376,8 @@ class ChatChunk(Reply):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
-    strace: StraceReport | None = Field(None, exclude_if=_is_none)
+    strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=_is_none)
+    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
 
 
 class CompletionChoice(Reply):
@@ -290,6 +402,47 @@ class Completion(Reply):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=_is_none)
+    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
+
+
+class TokenizeRequest(Body):
+    """Body of `/tokenize`: a text, or a conversation as the chat template writes it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = Field(True, description="of a text; a chat template writes its own")
+    add_generation_prompt: bool = Field(True, description="of a conversation")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def check_source(self) -> TokenizeRequest:
+        """There must be one thing to tokenize."""
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "either `prompt` or `messages` is needed", {"param": "prompt"})
+        return self
+
+
+class Tokenized(Reply):
+    """Response of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Body):
+    """Body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class Detokenized(Reply):
+    """Response of `/detokenize`."""
+
+    prompt: str
 
 
 class ModelCard(Reply):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
@@ -11,7 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from server.api.errors import ApiError, invalid, not_ready
-from server.api.protocol import GenerationRequest, Message, StraceOptions
+from server.api.output import THINK, CallFormat, Reader
+from server.api.protocol import ChatRequest, GenerationRequest, Message, StraceOptions
 from server.engine.request import Deliver, Mode, Request
 from server.metrics import Metrics
 from strace.sampling import SamplingParams
@@ -30,6 +33,10 @@ class Engine(Protocol):
     @property
     def running(self) -> bool:
         """Whether requests are taken and worked on."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is running and the model has really produced a token."""
 
     def start(self) -> None:
         """Begin to work on requests."""
@@ -58,6 +65,10 @@ class Served:
     metrics: Metrics
     mode: Mode = Mode.AUTO
     max_queue: int = 64
+    max_draft: int = 8
+    timeout: float | None = None
+    calls: CallFormat | None = None
+    thinks: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -65,10 +76,16 @@ class Served:
         """Every model name that requests may use."""
         return [self.name, *(f"{self.name}:{suffix}" for suffix in (*Mode, *self.classes))]
 
-    def require_ready(self) -> None:
-        """Raise 503 unless the engine works."""
+    def require_running(self) -> None:
+        """Raise 503 unless the engine takes requests."""
         if not self.engine.running:
             raise not_ready("the engine is not running")
+
+    def require_ready(self) -> None:
+        """Raise 503 unless the engine has produced a token."""
+        self.require_running()
+        if not self.engine.ready:
+            raise not_ready("the model has not produced a token yet")
 
     def route(self, model: str, options: StraceOptions) -> tuple[Mode, str | None]:
         """Mode and class that a request asks for by model name or options; a class of None is left to the engine."""
@@ -85,37 +102,68 @@ class Served:
             raise invalid(f"unknown class {class_name!r}; known: {known}", "strace.class")
         return Mode(mode or self.mode), class_name
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """The conversation as the model's chat template writes it, ready for the answer."""
-        turns: list[dict[str, Any]] = [
-            message.model_dump(exclude_none=True) | {"content": message.text} for message in messages
-        ]
+    def write_chat(self, messages: list[Message], generation_prompt: bool = True, **variables: Any) -> str:
+        """The conversation as the model's chat template writes it, ready for the answer. variables: the template's."""
         if self.tokenizer.chat_template is None:
             raise invalid(f"model {self.name!r} has no chat template; use /v1/completions", "messages")
+        turns = [_as_turn(message) for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=generation_prompt, **variables
+            )
         except TemplateError as error:
             raise invalid(f"the model's chat template refuses these messages: {error}", "messages") from error
-        return self._encode(str(text), add_special_tokens=False)
+        return str(text)
+
+    def write_request(self, body: ChatRequest) -> str:
+        """The prompt of a chat request, its tools and template variables included."""
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() | {"messages", "tools"}
+        for name in body.chat_template_kwargs.keys() & own:
+            raise invalid(f"`{name}` is not a variable of the chat template", f"chat_template_kwargs.{name}")
+        if not body.callable:
+            return self.write_chat(body.messages, **body.chat_template_kwargs)
+        if self.calls is None or "tools" not in str(self.tokenizer.chat_template):
+            raise invalid(f"`tools`: model {self.name!r} has no format of calls that this server knows", "tools")
+        tools = [tool.model_dump(exclude_none=True) for tool in body.callable]
+        return self.write_chat(body.messages, tools=tools, **body.chat_template_kwargs)
+
+    def reader(self, body: ChatRequest, prompt: str) -> Reader:
+        """What reads an answer to `prompt`."""
+        thinking = self.thinks and prompt.rstrip().endswith(THINK)
+        return Reader(self.calls if body.callable else None, self.thinks, thinking, body.parallel_tool_calls)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """A conversation that `write_chat` wrote, as token ids."""
+        return self.encode_text(text, add_special_tokens=False)
 
     def encode_prompt(self, prompt: str | list[int]) -> list[int]:
         """A prompt as token ids, which may be given as such."""
         if isinstance(prompt, str):
-            return self._encode(prompt, add_special_tokens=True) if prompt else []
+            return self.encode_text(prompt, add_special_tokens=True) if prompt else []
         if any(token >= self.vocabulary for token in prompt):
             raise invalid(f"the prompt has token ids of {self.vocabulary} or more", "prompt")
         return prompt
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Text as token ids."""
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
-    def make_request(
+    def make_requests(
         self, body: GenerationRequest, prompt: list[int], limit: int | None, default: int | None, param: str, id: str
-    ) -> Request:
-        """The engine's request for one prompt.
+    ) -> list[Request]:
+        """The engine's requests for one prompt, one per answer asked for; a seed gives each answer one of its own.
 
         limit: tokens asked for; default: where none are, None for the rest of the context. param: the prompt's field.
         """
+        request = self._make_request(body, prompt, limit, default, param, id)
+        return [
+            replace(request, id=f"{id}-{i}", params=replace(request.params, seed=_seed_of(body.seed, i)))
+            for i in range(body.n)
+        ]
+
+    def _make_request(
+        self, body: GenerationRequest, prompt: list[int], limit: int | None, default: int | None, param: str, id: str
+    ) -> Request:
         mode, class_name = self.route(body.model, body.strace)
         room = self.context - len(prompt)
         if not prompt:
@@ -141,7 +189,24 @@ class Served:
             class_name=class_name,
             threshold=body.strace.threshold,
             max_draft=body.strace.max_draft,
+            specials=self.calls is not None and self.calls.special and bool(body.callable),
         )
+
+
+def _as_turn(message: Message) -> dict[str, Any]:
+    """A message as chat templates know it: content as one string, arguments of calls as objects where they are."""
+    turn = message.model_dump(exclude_none=True) | {"content": message.text}
+    for call in turn.get("tool_calls", ()):
+        try:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        except ValueError:
+            continue
+    return turn
+
+
+def _seed_of(seed: int | None, answer: int) -> int | None:
+    """The seed of an answer: the first takes the request's own."""
+    return None if seed is None else (seed + answer * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
 
 
 def _agree(what: str, named: str | None, option: str | None) -> str | None:

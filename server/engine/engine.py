@@ -123,6 +123,7 @@ class Engine:
         self._worker = worker or Worker()
         self._loop_done: Future[None] | None = None
         self._marked: float | None = None
+        self._proven = False
 
     # Called from any thread.
 
@@ -140,7 +141,7 @@ class Engine:
         sequence = Sequence(
             request,
             noise,
-            Text(self._tokenizer, request.prompt, request.stop),
+            Text(self._tokenizer, request.prompt, request.stop, request.specials),
             self._stop_ids,
             Ran(mode, class_name, len(request.prompt), bypass=bypass),
             deliver,
@@ -180,6 +181,11 @@ class Engine:
     def running(self) -> bool:
         """Whether requests are taken and worked on."""
         return self._loop_done is not None and not self._loop_done.done() and not self._stopping
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is running and the model has really produced a token."""
+        return self.running and self._proven
 
     def stats(self) -> Stats:
         """How busy the engine is right now."""
@@ -232,6 +238,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            self._prove()
             while True:
                 with self._wake:
                     self._wake.wait_for(lambda: self._stopping or self._waiting or self._running)
@@ -243,6 +250,21 @@ class Engine:
             raise
         finally:
             self._close()
+
+    @torch.inference_mode()
+    def _prove(self) -> None:
+        """Produce one token: that a thread runs is no sign that the model does.
+
+        Raises:
+            RuntimeError: its logits are no numbers.
+        """
+        blocks = self.pool.take(1) or []
+        batch = Batch(torch.zeros(1, dtype=torch.int64), [1], [0], torch.tensor([blocks]))
+        finite = bool(self.runner.forward(FULL, batch, [0]).isfinite().all())
+        self.pool.give_back(blocks)
+        if not finite:
+            raise RuntimeError("the model's logits are not finite")
+        self._proven = True
 
     def _close(self) -> None:
         """Take no more requests, and end those there are: nobody shall wait for a thread that is gone."""

@@ -36,7 +36,9 @@ class Overloaded(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One text to continue. `stop` are strings, cut before; `threshold` and `max_draft` None mean the engine's own."""
+    """One text to continue. `stop` are strings, cut before; `threshold` and `max_draft` None mean the engine's own;
+    `specials`: whether the text shows special tokens.
+    """
 
     id: str
     prompt: list[int]
@@ -47,6 +49,7 @@ class Request:
     class_name: str | None = None
     threshold: float | None = None
     max_draft: int | None = None
+    specials: bool = False
 
 
 @dataclass

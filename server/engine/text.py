@@ -18,12 +18,14 @@ class Text:
     tokens arrive.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = (), specials: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         before = prompt[-_CONTEXT:]
         # Behind an unfinished character the decoder would give the prompt's end out again.
         whole = not tokenizer.decode(before).endswith("\ufffd")
-        self._stream = DecodeStream(ids=before if whole else [], skip_special_tokens=True)
+        self._stream = DecodeStream(ids=before if whole else [], skip_special_tokens=not specials)
         self._stop = stop
         self._shown = ""
         self._held = ""

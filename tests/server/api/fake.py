@@ -50,10 +50,14 @@ class FakeEngine:
         spoken = [Update([i], [i > 0], piece, end) for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))]
         self.updates = spoken if updates is None else updates
         self.refusal, self.failure, self.endless, self.room = refusal, failure, endless, room
-        self.running = False
+        self.running, self.proven = False, True
         self.requests: list[Request] = []
         self.handles: list[FakeHandle] = []
         self.threads: list[threading.Thread] = []
+
+    @property
+    def ready(self) -> bool:
+        return self.running and self.proven
 
     def start(self) -> None:
         self.running = True

@@ -17,6 +17,8 @@ from tests.server.api.fake import CONTEXT, FakeEngine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURN = {"role": "user", "content": "hi"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
 GOOD_CHAT: dict[str, Any] = {"model": "tiny", "messages": [TURN]}
 GOOD_COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
 
@@ -37,7 +39,8 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"stop": ""}, "stop"),
     ({"stop": [""]}, "stop[0]"),
     ({"stop": 3}, "stop"),
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 5}, "n"),
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
     ({"stream": "yes"}, "stream"),
@@ -70,7 +73,17 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"messages": [TURN | {"tool_calls": []}]}, "messages[0].tool_calls"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
     ({"max_completion_tokens": -4}, "max_completion_tokens"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"messages": [TURN | {"tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [TURN | {"reasoning_content": "x"}]}, "messages[0].reasoning_content"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
+    ({"tools": [TOOL]}, "tools"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"prompt": "hi"}, "prompt"),
 ]
@@ -115,7 +128,7 @@ def test_field_at_fault_is_named(http: httpx.Client, path: str, body: dict[str, 
 
 
 def test_unbuilt_and_unknown_fields_are_told_apart(http: httpx.Client) -> None:
-    assert "not supported" in http.post(CHAT, json=GOOD_CHAT | {"tools": []}).json()["error"]["message"]
+    assert "not supported" in http.post(CHAT, json=GOOD_CHAT | {"response_format": {}}).json()["error"]["message"]
     assert "unknown field" in http.post(CHAT, json=GOOD_CHAT | {"tolls": []}).json()["error"]["message"]
 
 
@@ -210,6 +223,9 @@ def test_engine_that_is_not_running(connect: Callable[..., httpx.Client]) -> Non
     engine = FakeEngine()
     http = connect(engine)
     assert http.get("/health").status_code == 200
+    engine.proven = False
+    check_error(http.get("/health/ready"), 503, None, "not_ready")
+    assert http.post(CHAT, json=GOOD_CHAT).status_code == 200
     engine.running = False
     for response in (http.post(CHAT, json=GOOD_CHAT), http.get("/health"), http.get("/health/ready")):
         check_error(response, 503, None, "not_ready")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from server.app import create_app
 from server.engine.request import Mode
-from tests.server.api.fake import CONTEXT, PIECES, FakeEngine, wait_for
+from tests.server.api.fake import CONTEXT, PIECES, FakeEngine, make_served, serving, wait_for
 
 TEXT = "".join(PIECES)
 TURNS: list[Any] = [{"role": "user", "content": "hi"}]
@@ -33,7 +35,7 @@ def test_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 3)
     assert answer.usage.total_tokens == len(prompt) + 3
-    assert answer.id == engine.requests[-1].id
+    assert engine.requests[-1].id == f"{answer.id}-0"
 
 
 def test_prompt_is_the_chat_template(client: openai.OpenAI, engine: FakeEngine, served: Any) -> None:
@@ -183,3 +185,55 @@ def test_client_that_leaves_before_the_answer(connect: Callable[..., httpx.Clien
         http.post(path, json=body, timeout=0.5)
     wait_for(lambda: bool(engine.handles))
     assert all(handle.cancelled.wait(10) for handle in engine.handles)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_acceptance_in_vllms_shape(http: httpx.Client, path: str, stream: bool) -> None:
+    body = {"messages": TURNS} if path.startswith("/v1/chat") else {"prompt": "hi"}
+    body |= {"model": "tiny", "stream": stream, "strace": {"metrics": True}}
+    if stream:
+        with http.stream("POST", path, json=body) as response:
+            *_, last, _ = read_events(response)
+        answer = json.loads(last)
+    else:
+        answer = http.post(path, json=body).json()
+    assert answer["metrics"]["speculative_decoding"] == {
+        "mean_acceptance_length": 2.5,
+        "draft_acceptance_rate": 0.75,
+        "acceptance_histogram": [0, 1, 1, 0, 0, 0, 0, 0, 0],
+        "num_spec_steps": 2,
+        "num_accepted_draft_tokens": 3,
+        "num_draft_tokens": 4,
+        "num_spec_tokens": 8,
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers(client: openai.OpenAI, engine: FakeEngine, stream: bool) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=TURNS, n=3, seed=2**63 - 1, stream=stream)
+    seeds = [request.params.seed for request in engine.requests[-3:]]
+    if stream:
+        texts = ["", "", ""]
+        for chunk in answer:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        texts = [choice.message.content for choice in answer.choices]
+        assert answer.usage.completion_tokens == 9
+        assert answer.usage.prompt_tokens == len(engine.requests[-1].prompt)
+    assert texts == ["".join(PIECES)] * 3
+    assert seeds[0] == 2**63 - 1
+    assert len(set(seeds)) == 3
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_up(stream: bool) -> None:
+    engine = FakeEngine(endless=True)
+    served = replace(make_served(engine), timeout=0.2)
+    with serving(create_app(served)) as url, httpx.Client(base_url=url, timeout=20) as http:
+        response = http.post("/v1/chat/completions", json=BODY | {"stream": stream})
+        assert response.status_code == (200 if stream else 408)
+        assert "0.2 seconds" in response.text
+        assert engine.handles[0].cancelled.wait(10)
