@@ -40,7 +40,7 @@ from server.api.served import Served, served_model
 from server.engine import request as engine
 
 router = APIRouter()
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, then [DONE]"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}
 
 
 def prepare(served: Served, body: ChatRequest, id: str) -> tuple[list[engine.Request], list[Reader]]:

@@ -34,7 +34,7 @@ from server.engine.request import Request as EngineRequest
 from server.engine.request import Update
 
 router = APIRouter()
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string", "description": "named events"}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}
 OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
 
 
