@@ -215,9 +215,9 @@ def read_texts(checkpoint: Checkpoint, name: str) -> list[Texts]:
 
 
 def measure_class(
-    name: str, traced: dict[str, Traced], results: Results, texts: list[Texts], sizes: list[float]
+    name: str, traced: dict[str, Traced], results: Results, texts: list[Texts], sizes: Sequence[float], controls: bool
 ) -> None:
-    """All methods on the texts of one class."""
+    """Ours, or all methods, on the texts of one class."""
     own, full = traced[name], traced[name].full
 
     def report(make: Callable[[], Made]) -> Callable[[], tuple[Acceptance, float, str]]:
