@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strace.sampling import Noise, Sampler, SamplingParams, draw_draft, process
+from strace.sampling import Noise, Sampler, SamplingParams, draw_draft
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,7 @@ class Drafting:
 
     def draw(self, row: Tensor, confidence: float) -> int:
         """Draw a token from float32 logits [V]."""
-        history = [*self.sampler.history, *self.tokens]
-        (q,) = process(row[None], [history], self.sampler.params)
+        (q,) = self.sampler.after(self.tokens).process(row[None])
         token = draw_draft(q, self.sampler.noise, self.sampler.position + len(self.tokens))
         sure = self.emitted == len(self.tokens) and confidence >= self.limits.threshold
         self.tokens.append(token)

@@ -183,9 +183,14 @@ def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
     return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
 
 
-def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, np.ndarray]:
+def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, tuple[np.ndarray, ...]]:
     """How a sequence is sampled as C sees it, and what must live until the call is over."""
-    params, history = sampler.params, np.asarray(sampler.history, dtype=np.int64)
+    params = sampler.params
+    history, prompt, barred = (
+        np.asarray(ids, dtype=np.int64) for ids in (sampler.history, sampler.prompt, sampler.barred)
+    )
+    bias_ids = np.asarray([id for id, _ in params.logit_bias], dtype=np.int64)
+    bias = np.asarray([bias for _, bias in params.logit_bias], dtype=np.float32)
     return native.Sampler(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -195,9 +200,19 @@ def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, np.ndarray]:
         shared=sampler.noise.shared,
         key=sampler.noise.key,
         position=sampler.position,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
         history=history.ctypes.data,
+        prompt=prompt.ctypes.data,
+        barred=barred.ctypes.data,
+        bias_ids=bias_ids.ctypes.data,
+        bias=bias.ctypes.data,
         history_count=len(history),
-    ), history
+        prompt_count=len(prompt),
+        barred_count=len(barred),
+        bias_count=len(bias),
+        barred_until=sampler.barred_until,
+    ), (history, prompt, barred, bias_ids, bias)
 
 
 def _describe_rule(rule: GainRule) -> native.Rule:

@@ -10,7 +10,7 @@ probability min(1, p/q) and a rejected one is replaced from the residual, so the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -20,7 +20,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a distribution is shaped before a token is drawn, with OpenAI's meanings; temperature 0 is greedy."""
+    """How a distribution is shaped before a token is drawn, with OpenAI's and vLLM's meanings; temperature 0 is greedy.
+
+    min_p: least probability, as a share of the greatest. repetition_penalty: divides the positive logits of tokens that
+    the prompt or the text has, and multiplies the negative ones. logit_bias: (id, what is added), ids ascending.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -28,6 +32,14 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the text so far matters."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 class Purpose(IntEnum):
@@ -64,13 +76,17 @@ class Noise:
 class Sampler:
     """How the next tokens of one sequence are drawn.
 
-    position: of the next one. history: the tokens generated before it, if penalties count them.
+    position: of the next one. history: the tokens generated before it, if penalties count them; prompt: those before
+    the text, if the repetition penalty does. barred: ids that no token before position `barred_until` may be.
     """
 
     params: SamplingParams
     noise: Noise
     position: int
     history: Sequence[int] = ()
+    prompt: Sequence[int] = ()
+    barred: Sequence[int] = ()
+    barred_until: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -79,28 +95,52 @@ class Sampler:
     def process(self, logits: Tensor, drafts: Sequence[int] = ()) -> Tensor:
         """float32 [R, V]: `process` of the rows before each of `drafts` and after the last, or of as many as there are
         logits."""
-        return process(logits, [[*self.history, *drafts[:i]] for i in range(len(logits))], self.params)
+        if self.barred and self.position < self.barred_until:
+            logits = logits.clone()
+            logits[: self.barred_until - self.position, list(self.barred)] = -torch.inf
+        histories = [[*self.history, *drafts[:i]] for i in range(len(logits))]
+        return process(logits, histories, self.params, self.prompt)
+
+    def after(self, tokens: Sequence[int]) -> Sampler:
+        """The sampler behind `tokens`."""
+        return replace(self, position=self.position + len(tokens), history=[*self.history, *tokens])
 
 
-def process(rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingParams) -> Tensor:
+def process(
+    rows: Tensor, histories: Sequence[Sequence[int]], params: SamplingParams, prompt: Sequence[int] = ()
+) -> Tensor:
     """The distributions that tokens are drawn from: float32 logits [R, V] -> float32 probabilities [R, V].
 
-    histories: per row, the tokens generated before it (drafts included), which the penalties count. Order as in the
-    OpenAI API's description: penalties, temperature, top_k, top_p. Equal logits go to the lowest id.
+    histories: per row, the tokens generated before it (drafts included), which the penalties count; the repetition
+    penalty counts those of `prompt` too. Order as in vLLM: logit_bias, penalties, temperature, min_p, top_k, top_p.
+    Equal logits go to the lowest id.
     """
-    if params.presence_penalty or params.frequency_penalty:
+    if params.logit_bias or params.penalises:
         rows = rows.clone()
+    for id, bias in params.logit_bias:
+        rows[:, id] += bias
+    if params.penalises:
         for row, history in zip(rows, histories, strict=True):
-            ids, counts = np.unique(np.asarray(history, dtype=np.int64), return_counts=True)
-            penalty = params.presence_penalty + params.frequency_penalty * torch.from_numpy(counts).float()
-            row[torch.from_numpy(ids)] -= penalty
+            _penalise(row, history, prompt, params)
     if params.temperature == 0:
         return torch.zeros_like(rows).scatter_(1, rows.argmax(1, keepdim=True), 1.0)
     # From the top down, so that no temperature above 0, however small, makes an infinity.
     rows = (rows - rows.amax(1, keepdim=True)) / params.temperature
+    if params.min_p > 0:
+        rows = rows.masked_fill(rows.exp() < params.min_p, -torch.inf)
     if 0 < params.top_k < rows.shape[1] or params.top_p < 1:
         rows = _truncate(rows, params)
     return rows.softmax(1)
+
+
+def _penalise(row: Tensor, history: Sequence[int], prompt: Sequence[int], params: SamplingParams) -> None:
+    """Lower, in place, the logits [V] of tokens that were there before."""
+    ids, counts = np.unique(np.asarray(history, dtype=np.int64), return_counts=True)
+    if params.repetition_penalty != 1:
+        seen = torch.from_numpy(np.union1d(ids, np.asarray(prompt, dtype=np.int64)))
+        known = row[seen]
+        row[seen] = torch.where(known > 0, known / params.repetition_penalty, known * params.repetition_penalty)
+    row[torch.from_numpy(ids)] -= params.presence_penalty + params.frequency_penalty * torch.from_numpy(counts).float()
 
 
 def _truncate(rows: Tensor, params: SamplingParams) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from server.api.generation import (
     request_metrics,
     while_connected,
 )
+from server.api.logprobs import tell_chat
 from server.api.output import Answer, Call, Part, Reader, Thought, put_together
 from server.api.protocol import (
     AssistantMessage,
@@ -28,6 +29,7 @@ from server.api.protocol import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatLogprobs,
     ChatRequest,
     ChunkChoice,
     Delta,
@@ -38,6 +40,7 @@ from server.api.protocol import (
 )
 from server.api.served import Served, served_model
 from server.engine import request as engine
+from server.engine.logprobs import TokenLogprob
 
 router = APIRouter()
 STREAM: dict[str, Any] = {"text/event-stream": {}}
@@ -65,14 +68,14 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> ChatCom
         return event_stream(generation, _chunks(generation, readers, served, body, id), served.metrics)
     with generation:
         results = await while_connected(request, generation.collect())
-    rans = [final_ran(last) for _, last in results]
+    rans = [final_ran(whole) for whole in results]
     return ChatCompletion(
         id=id,
         created=int(time.time()),
         model=body.model,
         choices=[
-            choose(index, reader.feed(text, final=True), last.finish)
-            for index, (reader, (text, last)) in enumerate(zip(readers, results, strict=True))
+            choose(served, body, index, reader, whole)
+            for index, (reader, whole) in enumerate(zip(readers, results, strict=True))
         ],
         usage=count_usage(rans, body.n),
         strace=reports(rans),
@@ -80,9 +83,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> ChatCom
     )
 
 
-def choose(index: int, parts: Iterable[Part], finish: str | None) -> ChatChoice:
+def choose(served: Served, body: ChatRequest, index: int, reader: Reader, whole: engine.Update) -> ChatChoice:
     """One whole answer."""
-    told = put_together(parts)
+    told = put_together(reader.feed(whole.text, final=True))
     calls = [
         ToolCall(id=id, function=CalledFunction(name=name, arguments=arguments)) for id, name, arguments in told.calls
     ]
@@ -91,7 +94,12 @@ def choose(index: int, parts: Iterable[Part], finish: str | None) -> ChatChoice:
         reasoning_content=told.thoughts or None,
         tool_calls=calls or None,
     )
-    return ChatChoice(index=index, message=message, finish_reason=finish_reason(finish, bool(calls)))
+    return ChatChoice(
+        index=index,
+        message=message,
+        logprobs=tell_chat(served.tokenizer, whole.logprobs) if body.logprobs else None,
+        finish_reason=finish_reason(whole.finish, bool(calls)),
+    )
 
 
 def finish_reason(finish: str | None, called: bool) -> FinishReason:
@@ -130,15 +138,24 @@ async def _chunks(
         yield chunk(choices=[ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
     called: set[int] = set()
     finished: dict[int, engine.Ran] = {}
+    # Text may be held back behind its tokens; their log-probabilities go with the next chunk.
+    waiting: list[list[TokenLogprob]] = [[] for _ in readers]
+
+    def logprobs(index: int) -> ChatLogprobs | None:
+        told, waiting[index] = waiting[index], []
+        return tell_chat(served.tokenizer, told) if told else None
+
     async for index, update in generation.updates():
+        waiting[index] += update.logprobs
         for part in readers[index].feed(update.text, final=update.finish is not None):
             if isinstance(part, Call):
                 called.add(index)
-            yield chunk(choices=[ChunkChoice(index=index, delta=_delta(part))])
+            yield chunk(choices=[ChunkChoice(index=index, delta=_delta(part), logprobs=logprobs(index))])
         if update.finish is None:
             continue
         finished[index] = final_ran(update)
-        end = [ChunkChoice(index=index, delta=Delta(), finish_reason=finish_reason(update.finish, index in called))]
+        reason = finish_reason(update.finish, index in called)
+        end = [ChunkChoice(index=index, delta=Delta(), logprobs=logprobs(index), finish_reason=reason)]
         rans = [finished[i] for i in sorted(finished)]
         if len(rans) < len(readers) or body.wants_usage:
             yield chunk(choices=end)

@@ -85,14 +85,25 @@ class Generation:
             self._open -= news.finish is not None
             yield index, news
 
-    async def collect(self) -> list[tuple[str, Update]]:
-        """Per request the whole text and the last update."""
-        texts: list[list[str]] = [[] for _ in self._handles]
-        last: dict[int, Update] = {}
+    async def collect(self) -> list[Update]:
+        """Per request one update that holds the whole."""
+        updates: list[list[Update]] = [[] for _ in self._handles]
         async for index, update in self.updates():
-            texts[index].append(update.text)
-            last[index] = update
-        return [("".join(text), last[index]) for index, text in enumerate(texts)]
+            updates[index].append(update)
+        return [_whole(parts) for parts in updates]
+
+
+def _whole(parts: list[Update]) -> Update:
+    """Updates of one text as one."""
+    return Update(
+        ids=[token for part in parts for token in part.ids],
+        drafted=[flag for part in parts for flag in part.drafted],
+        text="".join(part.text for part in parts),
+        finish=parts[-1].finish,
+        ran=parts[-1].ran,
+        logprobs=[told for part in parts for told in part.logprobs],
+        prompt_logprobs=[told for part in parts for told in part.prompt_logprobs],
+    )
 
 
 async def while_connected(request: HttpRequest, work: Awaitable[T]) -> T:

@@ -17,12 +17,9 @@ UNBUILT = frozenset(
         "background",
         "best_of",
         "conversation",
-        "echo",
         "function_call",
         "functions",
         "include",
-        "logit_bias",
-        "logprobs",
         "max_tool_calls",
         "modalities",
         "moderation",
@@ -33,7 +30,6 @@ UNBUILT = frozenset(
         "reasoning_effort",
         "response_format",
         "suffix",
-        "top_logprobs",
         "verbosity",
         "web_search_options",
     }
@@ -42,6 +38,7 @@ UNBUILT = frozenset(
 
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$", description="a token id")]
 ModeName = Literal["auto", "exact", "routed", "full"]
 FinishReason = Literal["stop", "length", "tool_calls"]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -158,6 +155,12 @@ class GenerationRequest(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="over prompt and answer; 1: none")
+    min_p: float = Field(0.0, ge=0, le=1, description="least probability as a share of the greatest")
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = Field(default_factory=list)
+    ignore_eos: bool = Field(False, description="go on behind the model's own end of text")
+    min_tokens: int = Field(0, ge=0, description="tokens before which nothing of the two above may end the text")
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
     strace: StraceOptions = StraceOptions()
     # These cannot change the output, so they are taken and left alone.
@@ -192,6 +195,11 @@ class GenerationRequest(Body):
         return []
 
     @property
+    def alternatives(self) -> int | None:
+        """How many alternatives are told beside a token's log-probability; None: not even that."""
+        return None
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -207,6 +215,8 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool = True
@@ -221,11 +231,23 @@ class ChatRequest(GenerationRequest):
         return self
 
     @model_validator(mode="after")
+    def check_logprobs(self) -> ChatRequest:
+        """Alternatives without log-probabilities would be silently ignored otherwise."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "only allowed with `logprobs`", {"param": "top_logprobs"})
+        return self
+
+    @model_validator(mode="after")
     def check_tools(self) -> ChatRequest:
         """A choice among no tools would be silently ignored otherwise."""
         if self.tool_choice is not None and self.tools is None:
             raise PydanticCustomError("tool_choice", "only allowed with `tools`", {"param": "tool_choice"})
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """See GenerationRequest."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def callable(self) -> list[Tool]:
@@ -244,6 +266,20 @@ class CompletionRequest(GenerationRequest):
     DEFAULT_LIMIT: ClassVar[int] = 16
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool = Field(False, description="whether the text begins with the prompt")
+    logprobs: int | None = Field(None, ge=0, le=20, description="alternatives beside each token's log-probability")
+
+    @model_validator(mode="after")
+    def check_echo(self) -> CompletionRequest:
+        """The prompt's log-probabilities are known only when it has been read."""
+        if self.echo and self.stream and self.logprobs is not None:
+            raise PydanticCustomError("echo", "not with `logprobs` in a stream", {"param": "echo"})
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """See GenerationRequest."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -301,6 +337,36 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+class Logprob(Reply):
+    """A token and its log-probability by the full model, before temperature and penalties."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = Field(description="null where the token ends within a character")
+
+
+class TokenLogprobs(Logprob):
+    """A token of the answer, with the best at its place."""
+
+    top_logprobs: list[Logprob]
+
+
+class ChatLogprobs(Reply):
+    """Of an answer, or of a chunk's share of it."""
+
+    content: list[TokenLogprobs]
+    refusal: None = None
+
+
+class CompletionLogprobs(Reply):
+    """Of a continuation, behind an echoed prompt's; nothing is known of a prompt's first token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class AssistantMessage(Reply):
     """The answer of a chat completion."""
 
@@ -316,7 +382,7 @@ class ChatChoice(Reply):
 
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -363,7 +429,7 @@ class ChunkChoice(Reply):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -385,7 +451,7 @@ class CompletionChoice(Reply):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None
 
 

@@ -68,8 +68,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response 
     if body.stream:
         return event_stream(generation, _events(generation, reader, writer), served.metrics, named=True)
     with generation:
-        ((text, last),) = await while_connected(request, generation.collect())
-    for part in reader.feed(text, final=True):
+        (last,) = await while_connected(request, generation.collect())
+    for part in reader.feed(last.text, final=True):
         writer.write(part)
     writer.close(_status(last))
     return writer.response(last)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from server.api.errors import ApiError, invalid, not_ready
 from server.api.output import THINK, CallFormat, Reader
-from server.api.protocol import ChatRequest, GenerationRequest, Message, StraceOptions
+from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message, StraceOptions
 from server.engine.request import Deliver, Mode, Request
 from server.metrics import Metrics
 from strace.sampling import SamplingParams
@@ -182,6 +182,9 @@ class Served:
                 presence_penalty=body.presence_penalty,
                 frequency_penalty=body.frequency_penalty,
                 seed=body.seed,
+                min_p=body.min_p,
+                repetition_penalty=body.repetition_penalty,
+                logit_bias=tuple(sorted((int(id), bias) for id, bias in body.logit_bias.items())),
             ),
             max_tokens=limit or min(room, default or room),
             stop=body.stops,
@@ -189,6 +192,11 @@ class Served:
             class_name=class_name,
             threshold=body.strace.threshold,
             max_draft=body.strace.max_draft,
+            stop_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
+            logprobs=body.alternatives,
+            prompt_logprobs=isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None,
             specials=self.calls is not None and self.calls.special and bool(body.callable),
         )
 

@@ -142,7 +142,7 @@ class Engine:
             request,
             noise,
             Text(self._tokenizer, request.prompt, request.stop, request.specials),
-            self._stop_ids,
+            (frozenset() if request.ignore_eos else self._stop_ids) | frozenset(request.stop_ids),
             Ran(mode, class_name, len(request.prompt), bypass=bypass),
             deliver,
             Times(time.monotonic()),
@@ -207,6 +207,8 @@ class Engine:
                 raise Refused(f"mode {request.mode.value!r} needs a draft and none is loaded", "mode")
             return Mode.FULL, name, "no draft is loaded"
         mode = self.options.auto if request.mode == Mode.AUTO else request.mode
+        if mode == Mode.ROUTED and request.logprobs is not None:
+            mode = Mode.EXACT  # they are the full model's, which has not seen what is emitted unverified
         return mode, name, "max_draft is 0" if request.max_draft == 0 else None
 
     def _check(self, request: Request) -> None:
@@ -217,6 +219,14 @@ class Engine:
             raise Refused(f"the prompt has token ids outside 0..{self.limits.vocabulary - 1}", "prompt")
         if request.max_tokens < 1:
             raise Refused(f"max_tokens must be at least 1, got {request.max_tokens}", "max_tokens")
+        for name, ids in (
+            ("logit_bias", [id for id, _ in request.params.logit_bias]),
+            ("stop_token_ids", request.stop_ids),
+        ):
+            if not all(0 <= id < self.limits.vocabulary for id in ids):
+                raise Refused(f"{name} has token ids outside 0..{self.limits.vocabulary - 1}", name)
+        if not 0 <= request.min_tokens <= request.max_tokens:
+            raise Refused(f"min_tokens must be at most max_tokens ({request.max_tokens})", "min_tokens")
         if request.max_draft is not None and request.max_draft < 0:
             raise Refused(f"max_draft must not be negative, got {request.max_draft}", "max_draft")
         if "" in request.stop:
@@ -385,7 +395,8 @@ class Engine:
         wanted = {s: len(tokens[s]) for s in decoding}
         for sequence, count in chunks.items():
             tokens[sequence] = sequence.ids[sequence.verified : sequence.verified + count]
-            wanted[sequence] = int(sequence.verified + count == len(sequence.ids))
+            whole = sequence.request.prompt_logprobs
+            wanted[sequence] = count if whole else int(sequence.verified + count == len(sequence.ids))
         rows: list[int] = []
         end = 0
         for sequence, block in tokens.items():
@@ -396,8 +407,12 @@ class Engine:
 
     def _settle(self, logits: dict[Sequence, Tensor], chunks: dict[Sequence, int]) -> None:
         for sequence, count in chunks.items():
+            if sequence.request.prompt_logprobs:
+                logits[sequence] = sequence.read_prompt(logits[sequence])
             sequence.verified += count
         for sequence, rows in logits.items():
+            if not len(rows):
+                continue
             try:
                 judged = settle(sequence, rows, self.runner)
             except Exception as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from server.engine.logprobs import TokenLogprob
 from strace.sampling import SamplingParams
 
 
@@ -37,7 +38,9 @@ class Overloaded(RuntimeError):
 @dataclass(frozen=True)
 class Request:
     """One text to continue. `stop` are strings, cut before; `threshold` and `max_draft` None mean the engine's own;
-    `specials`: whether the text shows special tokens.
+    `specials`: whether the text shows special tokens. `stop_ids` end it beside the model's own, unless `ignore_eos`;
+    none of either is drawn before `min_tokens`. `logprobs`: alternatives told beside each token's own log-probability,
+    of the prompt's tokens too if `prompt_logprobs`.
     """
 
     id: str
@@ -50,6 +53,11 @@ class Request:
     threshold: float | None = None
     max_draft: int | None = None
     specials: bool = False
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
 
 @dataclass
@@ -90,7 +98,8 @@ class Update:
 
     `ids` are the new tokens, `drafted[i]` says that token i came from the subgraph's draft; `text` is what can be shown
     so far (whole characters, nothing that may yet become a stop string). `finish` is `stop` or `length` on the last
-    update, which also carries the final accounts.
+    update, which also carries the final accounts. `logprobs`, if asked for, has one entry per token; those of the
+    prompt's tokens but the first come with the first update.
     """
 
     ids: list[int]
@@ -98,6 +107,8 @@ class Update:
     text: str
     finish: str | None = None
     ran: Ran | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 Deliver = Callable[[Update | Exception], None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from server.engine.logprobs import TokenLogprob, read_logprobs
 from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Request, Update
 from server.engine.text import Text
@@ -54,6 +55,8 @@ class Sequence:
     cancelled: bool = False
     _fresh: list[int] = field(default_factory=list)
     _fresh_drafted: list[bool] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt)
@@ -83,10 +86,12 @@ class Sequence:
 
     def sampler(self, back: int = 0) -> Sampler:
         """How the next tokens are drawn, or those from `back` tokens ago."""
-        params, history, end = self.request.params, [], len(self.ids) - back
-        if params.presence_penalty or params.frequency_penalty:
-            history = self.ids[len(self.request.prompt) : end]
-        return Sampler(params, self.noise, end, history)
+        params, prompt, end = self.request.params, self.request.prompt, len(self.ids) - back
+        history = self.ids[len(prompt) : end] if params.penalises else []
+        before = prompt if params.repetition_penalty != 1 else []
+        barred_until = len(prompt) + self.request.min_tokens
+        barred = sorted(self.stop_ids) if end < barred_until else []
+        return Sampler(params, self.noise, end, history, before, barred, barred_until)
 
     def book(self, draft: Draft) -> None:
         """Take over a step's draft: in `routed` its sure tokens become part of the text at once, up to the first that
@@ -111,9 +116,17 @@ class Sequence:
         """Whether `token`, were it next, would end the text by itself."""
         return token in self.stop_ids or self.text.completes_stop(token)
 
-    def append(self, token: int, drafted: bool) -> None:
+    def read_prompt(self, rows: Tensor) -> Tensor:
+        """Take the log-probabilities of the prompt's tokens from the rows of a chunk, float32 [n, V]; the row that the
+        first token of the text follows from is given back, float32 [0 or 1, V]."""
+        following = self.request.prompt[self.verified + 1 : self.verified + 1 + len(rows)]
+        self._prompt_logprobs += read_logprobs(rows, following, self.request.logprobs or 0)
+        return rows[len(following) :]
+
+    def append(self, token: int, drafted: bool, logprob: TokenLogprob | None = None) -> None:
         """Add a token to the text and see whether it ends it."""
         self.ids.append(token)
+        self._logprobs += [] if logprob is None else [logprob]
         self._fresh.append(token)
         self._fresh_drafted.append(drafted)
         self.ran.tokens += 1
@@ -128,4 +141,6 @@ class Sequence:
             return None
         ids, drafted, self._fresh, self._fresh_drafted = self._fresh, self._fresh_drafted, [], []
         text = self.text.take(final=self.finish is not None)
-        return Update(ids, drafted, text, self.finish, self.ran if self.finish else None)
+        logprobs, self._logprobs = self._logprobs, []
+        prompt, self._prompt_logprobs = self._prompt_logprobs, []
+        return Update(ids, drafted, text, self.finish, self.ran if self.finish else None, logprobs, prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from server.engine.logprobs import read_logprobs
 from server.engine.request import Mode
 from server.engine.sequence import Sequence
 from strace.draft import Draft
@@ -20,14 +21,17 @@ def settle(sequence: Sequence, logits: Tensor, runner: Runner) -> list[tuple[flo
     Returns per draft that the full model judged its confidence and the share of it that was accepted, 0 to 1.
     """
     draft, emitted = sequence.take_draft()
+    count = sequence.request.logprobs
+    raw = None if count is None else logits[emitted:].clone()
     held, q = draft.tokens[emitted:], None if draft.q is None else draft.q[emitted:]
     shares = [1 - divergence for divergence in _audit(sequence, draft, emitted, logits, runner)]
     tokens = runner.verify(logits[emitted:], q, held, sequence.sampler())
     accepted = len(tokens) - 1
     shares += [1.0] * accepted + [0.0] * (accepted < len(held))
     _account(sequence, draft, emitted, accepted)
-    for i, token in enumerate(tokens):
-        sequence.append(token, drafted=i < accepted)
+    logprobs = [None] * len(tokens) if raw is None else read_logprobs(raw, tokens, count or 0)
+    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        sequence.append(token, drafted=i < accepted, logprob=logprob)
         if sequence.finish:
             break
     # Accepted drafts went through the pass as they stand; the last token, or what cut the text, need not have.

@@ -127,12 +127,15 @@ class Sampler(Structure):
 
     _fields_ = [
         *((name, c_float) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty")),
+        ("min_p", c_float),
+        ("repetition_penalty", c_float),
         ("top_k", c_int32),
         ("shared", c_int32),
         ("key", c_uint64),
         ("position", c_int64),
-        ("history", c_void_p),
-        ("history_count", c_int32),
+        ("barred_until", c_int64),
+        *((name, c_void_p) for name in ("history", "prompt", "barred", "bias_ids", "bias")),
+        *((name, c_int32) for name in ("history_count", "prompt_count", "barred_count", "bias_count")),
     ]
 
 

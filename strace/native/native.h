@@ -128,12 +128,17 @@ int32_t st_forward(st_runner *runner, int32_t graph, const st_batch *batch, cons
 
 /* How one sequence's distributions are shaped and drawn from; the meaning is strace/sampling.py's. */
 typedef struct {
-  float temperature, top_p, presence_penalty, frequency_penalty;
+  float temperature, top_p, presence_penalty, frequency_penalty, min_p, repetition_penalty;
   int32_t top_k, shared; /* shared: one noise for draft and full model (a seed was asked for) */
   uint64_t key;
   int64_t position;      /* of the next token to be drawn */
+  int64_t barred_until;  /* no token before this position is one of `barred` */
   const int64_t *history; /* generated tokens that the penalties count */
-  int32_t history_count;
+  const int64_t *prompt;  /* tokens before them, which the repetition penalty counts too */
+  const int64_t *barred;
+  const int64_t *bias_ids; /* what is added to their logits: */
+  const float *bias;
+  int32_t history_count, prompt_count, barred_count, bias_count;
 } st_sampler;
 
 /* Where one sequence's draft ends; this and the rule: strace/draft.py. */

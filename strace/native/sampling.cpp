@@ -18,7 +18,7 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 struct Scratch {
   std::vector<float> weights, maxima;
   std::vector<int> places;
-  std::vector<int64_t> seen;
+  std::vector<int64_t> seen, repeated;
 };
 thread_local Scratch scratch;
 
@@ -43,20 +43,47 @@ double sum(const float *values, int count) {
   return total;
 }
 
-// Subtract presence + frequency * count from every token that was generated before.
+// A token's entry of a row, NULL where a short head has none.
+float *entry(const Row &row, int64_t token) {
+  int64_t place = token;
+  if (row.ids) place = std::lower_bound(row.ids, row.ids + row.count, token) - row.ids;
+  return place < row.count && row.id(static_cast<int>(place)) == token ? row.values + place : nullptr;
+}
+
+// Divide by the repetition penalty what is above 0 of the tokens seen before, multiply what is below.
+void penalise_repetition(const Row &row, const st_sampler &sampler, const std::vector<int64_t> &generated) {
+  std::vector<int64_t> &seen = scratch.repeated;
+  seen.assign(sampler.prompt, sampler.prompt + sampler.prompt_count);
+  seen.insert(seen.end(), generated.begin(), generated.end());
+  std::sort(seen.begin(), seen.end());
+  seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+  for (const int64_t token : seen)
+    if (float *x = entry(row, token))
+      *x = *x > 0 ? *x / sampler.repetition_penalty : *x * sampler.repetition_penalty;
+}
+
+// The repetition penalty, then presence + frequency * count off every token that was generated before.
 void penalise(const Row &row, const st_sampler &sampler, Drafted drafted) {
   std::vector<int64_t> &seen = scratch.seen;
   seen.assign(sampler.history, sampler.history + sampler.history_count);
   seen.insert(seen.end(), drafted.tokens, drafted.tokens + drafted.count);
   std::sort(seen.begin(), seen.end());
+  if (sampler.repetition_penalty != 1) penalise_repetition(row, sampler, seen);
   for (auto first = seen.begin(); first != seen.end();) {
     const auto last = std::upper_bound(first, seen.end(), *first);
-    int place = static_cast<int>(*first);
-    if (row.ids) place = static_cast<int>(std::lower_bound(row.ids, row.ids + row.count, *first) - row.ids);
-    if (place < row.count && row.id(place) == *first)
-      row.values[place] -= sampler.presence_penalty + sampler.frequency_penalty * static_cast<float>(last - first);
+    if (float *x = entry(row, *first))
+      *x -= sampler.presence_penalty + sampler.frequency_penalty * static_cast<float>(last - first);
     first = last;
   }
+}
+
+// What the request adds to some logits, and the tokens that may not be drawn yet.
+void bias(const Row &row, const st_sampler &sampler, int drafted) {
+  for (int i = 0; i < sampler.bias_count; ++i)
+    if (float *x = entry(row, sampler.bias_ids[i])) *x += sampler.bias[i];
+  if (sampler.position + drafted >= sampler.barred_until) return;
+  for (int i = 0; i < sampler.barred_count; ++i)
+    if (float *x = entry(row, sampler.barred[i])) *x = NEVER;
 }
 
 // NEVER for all but the k greatest; of equal ones the first stay.
@@ -195,7 +222,9 @@ float top_probability(const float *logits, int count) {
 
 void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
   const int count = row.count;
-  if (sampler.presence_penalty != 0 || sampler.frequency_penalty != 0) penalise(row, sampler, drafted);
+  bias(row, sampler, drafted.count);
+  if (sampler.presence_penalty != 0 || sampler.frequency_penalty != 0 || sampler.repetition_penalty != 1)
+    penalise(row, sampler, drafted);
   if (sampler.temperature == 0) {
     const int best = find_best(row.values, count);
     std::fill(row.values, row.values + count, 0.0f);
@@ -207,6 +236,9 @@ void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
   float *weights = scratch.weights.data();
   const float temperature = std::max(sampler.temperature, std::numeric_limits<float>::min());
   vectors().weigh(count, greatest(row.values, count), temperature, row.values, weights);
+  if (sampler.min_p > 0)
+    for (int i = 0; i < count; ++i)
+      if (weights[i] < sampler.min_p) weights[i] = 0;
   if (sampler.top_p < 1) keep_top_p(row.values, weights, count, sampler.top_p);
   const float scale = static_cast<float>(1 / sum(weights, count));
   for (int i = 0; i < count; ++i) row.values[i] = weights[i] * scale;

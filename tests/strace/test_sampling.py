@@ -34,19 +34,23 @@ from strace.sampling import (
 
 V = 12
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=V, max_size=V)
+PROMPT = [0, 3]
 SUSPICION = 1e-4  # a chi-square p-value below this, at fixed seeds, is a wrong law
 
 
 def process_plainly(logits: list[float], history: list[int], params: SamplingParams) -> list[float]:
     """`process` for one row in ordinary float64 Python."""
-    counts = Counter(history)
+    counts, bias, r = Counter(history), dict(params.logit_bias), params.repetition_penalty
+    scores = [x + bias.get(i, 0) for i, x in enumerate(logits)]
+    scores = [(x / r if x > 0 else x * r) if i in {*history, *PROMPT} else x for i, x in enumerate(scores)]
     scores = [
-        x - params.frequency_penalty * counts[i] - params.presence_penalty * (i in counts) for i, x in enumerate(logits)
+        x - params.frequency_penalty * counts[i] - params.presence_penalty * (i in counts) for i, x in enumerate(scores)
     ]
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if params.temperature == 0:
         return [float(i == order[0]) for i in range(len(scores))]
     weights = [math.exp((x - scores[order[0]]) / params.temperature) for x in scores]
+    order = [i for i in order if weights[i] >= params.min_p]
     kept = order[: params.top_k] if params.top_k else order
     total, before, nucleus = sum(weights[i] for i in kept), 0.0, []
     for i in kept:
@@ -66,13 +70,17 @@ def parameters(draw_from: Any) -> SamplingParams:
         top_k=draw_from(st.integers(0, V + 1)),
         presence_penalty=draw_from(st.sampled_from([0.0, 0.5, -1.25])),
         frequency_penalty=draw_from(st.sampled_from([0.0, 0.25, -0.5])),
+        # Not near a ratio of two weights of quarter steps.
+        min_p=draw_from(st.sampled_from([0.0, 0.0123, 0.3217])),
+        repetition_penalty=draw_from(st.sampled_from([1.0, 2.0, 0.5])),
+        logit_bias=draw_from(st.sampled_from([(), ((0, 2.5),), ((1, -100.0), (2, 1.0))])),
     )
 
 
 @given(LOGITS, st.lists(st.integers(0, V - 1), max_size=20), parameters())
 def test_process_equals_a_plain_reference(logits: list[float], history: list[int], params: SamplingParams) -> None:
     logits = [round(4 * x) / 4 for x in logits]  # ties, and scores that float32 holds exactly
-    got = process(torch.tensor([logits]), [history], params)[0]
+    got = process(torch.tensor([logits]), [history], params, PROMPT)[0]
     assert got.sum().item() == pytest.approx(1, abs=1e-6)
     assert got.tolist() == pytest.approx(process_plainly(logits, history, params), abs=1e-5)
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from server.engine.cost import CostModel
 from server.engine.engine import Engine, Handle, Limits
+from server.engine.logprobs import TokenLogprob
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
@@ -103,6 +104,10 @@ class Got:
     @property
     def ids(self) -> list[int]:
         return [token for update in self.updates for token in update.ids]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [told for update in self.updates for told in update.logprobs]
 
     @property
     def text(self) -> str:

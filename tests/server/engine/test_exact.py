@@ -33,6 +33,9 @@ shapes = st.builds(
     top_k=st.sampled_from([0, 20]),
     presence_penalty=st.sampled_from([0.0, 0.9]),
     frequency_penalty=st.sampled_from([0.0, 0.5]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    logit_bias=st.sampled_from([(), ((5, 3.0), (260, -100.0))]),
     seed=st.integers(0, 2**63),
 )
 requests = st.builds(
@@ -44,6 +47,11 @@ requests = st.builds(
     mode=st.sampled_from([Mode.EXACT, Mode.EXACT, Mode.FULL]),
     class_name=st.sampled_from(CLASSES),
     max_draft=st.sampled_from([None, None, 0, 2]),
+    stop_ids=st.sampled_from([(), (7, 11, 100)]),
+    ignore_eos=st.booleans(),
+    min_tokens=st.sampled_from([0, 1]),
+    logprobs=st.sampled_from([None, 0, 3]),
+    prompt_logprobs=st.booleans(),
 )
 
 
@@ -61,6 +69,8 @@ def test_same_text_as_the_full_model(data: st.DataObject, batch: list[Request], 
     engine = make_engine(Options(draft_length=length, chunk=32, seed=0), stop_ids=stop_ids)
     for got, plain in zip(decode(engine, *stopping), expected, strict=True):
         assert got.outcome == plain.outcome
+        assert [told.token for told in got.logprobs] == [told.token for told in plain.logprobs]
+        assert np.allclose([t.logprob for t in got.logprobs], [t.logprob for t in plain.logprobs], atol=1e-4)
 
 
 @pytest.mark.parametrize("class_name", CLASSES)

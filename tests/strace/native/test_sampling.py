@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -44,6 +45,9 @@ def parameters(draw_from: Any) -> SamplingParams:
         top_k=draw_from(st.sampled_from([0, 1, 2, 7, 50, 301])),
         presence_penalty=draw_from(st.sampled_from([0.0, 0.5, -1.25])),
         frequency_penalty=draw_from(st.sampled_from([0.0, 0.25, -0.5])),
+        min_p=draw_from(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
+        repetition_penalty=draw_from(st.sampled_from([1.0, 1.3, 0.8])),
+        logit_bias=draw_from(st.sampled_from([(), ((0, 2.5),), ((0, -100.0), (1, 1.0))])),
     )
 
 
@@ -62,7 +66,10 @@ def splits_a_rounding(logits: Tensor, histories: list[list[int]], params: Sampli
     """Whether top_p falls so near a cumulative sum that float32 decides which side it is on."""
     whole = process(logits, histories, SamplingParams(**(vars(params) | {"top_p": 1.0}))).double()
     reached = whole.sort(dim=1, descending=True).values.cumsum(1)
-    return params.top_p < 1 and bool(((reached - params.top_p).abs() < 2e-6).any())
+    splits = params.top_p < 1 and bool(((reached - params.top_p).abs() < 2e-6).any())
+    open_end = process(logits, histories, SamplingParams(**(vars(params) | {"top_p": 1.0, "top_k": 0, "min_p": 0.0})))
+    least = open_end / open_end.amax(1, keepdim=True)
+    return splits or (params.min_p > 0 and bool(((least / params.min_p - 1).abs() < 1e-5).any()))
 
 
 @settings(max_examples=300)
@@ -77,13 +84,17 @@ def splits_a_rounding(logits: Tensor, histories: list[list[int]], params: Sampli
 def test_distributions_equal_the_reference(
     params: SamplingParams, vocabulary: int, seed: int, ties: bool, masked: bool, history: list[int]
 ) -> None:
+    params = replace(params, logit_bias=tuple(pair for pair in params.logit_bias if pair[0] < vocabulary))
     known = [token for token in history if token < vocabulary]
     before, drafts = known[:-2], known[-2:]
     logits = make_logits(len(drafts) + 1, vocabulary, seed, ties, masked)
-    sampler = Sampler(params, Noise(0, shared=False), 5, before)
+    prompt, barred = known[:3], [vocabulary // 2] if vocabulary > 2 else []
+    sampler = Sampler(params, Noise(0, shared=False), 5, before, prompt, barred, 6)
     expected = sampler.process(logits, drafts)
     histories = [before + drafts[:i] for i in range(len(logits))]
-    assume(not splits_a_rounding(logits, histories, params))
+    open_logits = logits.clone()
+    open_logits[:1, barred] = -torch.inf
+    assume(not splits_a_rounding(open_logits, histories, params))
     got = runner().process(logits.clone(), drafts, sampler)
     assert (got - expected).abs().max() <= 1e-6
     assert torch.equal(got > 1e-30, expected > 1e-30)
