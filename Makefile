@@ -2,11 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/.installed
+JUDGES := .venv-judges/.installed
 SANITIZED := build/sanitized
 NATIVE := $(wildcard strace/native/*.cpp strace/native/*.h strace/native/CMakeLists.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench bench-peers native-check clean
+.PHONY: help serve test lint bench bench-peers judge native-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -35,8 +36,11 @@ bench: $(INSTALLED) ## measure the modes against each other; wants an idle machi
 bench-peers: $(INSTALLED) $(PEERS) ## measure us beside transformers, llama.cpp and OpenVINO; ARGS="--help" tells more
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
+judge: $(INSTALLED) $(JUDGES) ## let lm-evaluation-harness, litellm and an older openai client judge the server
+	$(BIN)/python benchmarks/judge.py $(ARGS)
+
 clean: ## remove the environment and every cache
-	rm -rf .venv .venv-peers build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-judges build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -rf $(addprefix strace/native/,CMakeCache.txt CMakeFiles .cmake build.ninja cmake_install.cmake libstrace_native.so)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -52,4 +56,9 @@ $(PEERS): constraints-peers.txt
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .venv-peers/bin/python -m pip install -c constraints-peers.txt \
 		--no-binary llama-cpp-python llama-cpp-python gguf torch optimum-intel openvino nncf
 	.venv-peers/bin/python -m pip uninstall -y torchvision
+	touch $@
+
+$(JUDGES): constraints-judges.txt
+	test -x .venv-judges/bin/python || $(PYTHON) -m venv .venv-judges
+	.venv-judges/bin/python -m pip install -c constraints-judges.txt torch 'lm-eval[api,hf]' litellm openai
 	touch $@
