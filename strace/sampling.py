@@ -163,6 +163,8 @@ def draw(p: Tensor, noise: Noise, position: int, purpose: Purpose) -> int:
     if noise.shared:
         return int((p.double().log() + noise.gumbel(position, purpose, len(p))).argmax())
     reached = p.double().cumsum(0)
+    if not reached[-1] > 0:
+        return 0  # a row of no number, as in C++: it must not harm its neighbours
     # 1 - u lies in (0, 1]: it is always reached, and by a token that is possible.
     return int(torch.searchsorted(reached, (1 - noise.uniform(position, purpose)[0]) * reached[-1]))
 

@@ -155,7 +155,7 @@ class GenerationRequest(Body):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="over prompt and answer; 1: none")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="over prompt and answer; 1: none")
     min_p: float = Field(0.0, ge=0, le=1, description="least probability as a share of the greatest")
     logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = Field(default_factory=list)

@@ -225,6 +225,8 @@ class Engine:
         ):
             if not all(0 <= id < self.limits.vocabulary for id in ids):
                 raise Refused(f"{name} has token ids outside 0..{self.limits.vocabulary - 1}", name)
+        if request.min_tokens and len(self._stop_ids.union(request.stop_ids)) >= self.limits.vocabulary:
+            raise Refused("min_tokens: every token would end the text", "min_tokens")
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise Refused(f"min_tokens must be at most max_tokens ({request.max_tokens})", "min_tokens")
         if request.max_draft is not None and request.max_draft < 0:

@@ -249,3 +249,9 @@ def test_a_seed_makes_an_equal_draft_always_stand() -> None:
 )
 def test_total_variation(p: list[float], q: list[float], expected: float) -> None:
     assert total_variation(torch.tensor(p), torch.tensor(q)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_row_of_no_number_gives_a_token(value: float, shared: bool) -> None:
+    assert 0 <= draw_token(torch.full((V,), value), Noise(1, shared), 5) < V

@@ -17,6 +17,7 @@ from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Updat
 from server.engine.sequence import Times
 from strace.kv import BLOCK, Batch
 from tests.server.engine.harness import (
+    VOCABULARY,
     FixedCost,
     Got,
     decode,
@@ -333,3 +334,9 @@ def test_multi_byte_text_comes_in_whole_characters() -> None:
     request: Request = make_request(list("größe: 日本".encode()), temperature=1.0, seed=11, max_tokens=80)
     got: Got = decode(engine, request)[0]
     assert "".join(u.text for u in got.updates) == engine._tokenizer.decode(got.ids).rstrip("�")
+
+
+def test_all_tokens_barred_is_refused() -> None:
+    request = replace(make_request(), stop_ids=tuple(range(VOCABULARY)), min_tokens=2)
+    with pytest.raises(Refused, match="every token"):
+        submit(make_engine(), request)
