@@ -141,27 +141,15 @@ class Tool(Body):
     function: Function
 
 
-class GenerationRequest(Body):
-    """What both generation endpoints take."""
+class AnyRequest(Body):
+    """What all generation endpoints take."""
 
     model: str
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: no limit")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="over prompt and answer; 1: none")
-    min_p: float = Field(0.0, ge=0, le=1, description="least probability as a share of the greatest")
-    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = Field(default_factory=list)
-    ignore_eos: bool = Field(False, description="go on behind the model's own end of text")
-    min_tokens: int = Field(0, ge=0, description="tokens before which nothing of the two above may end the text")
-    n: int = Field(1, ge=1, le=128, description="answers per prompt")
     strace: StraceOptions = StraceOptions()
     # These cannot change the output, so they are taken and left alone.
     user: str | None = None
@@ -179,6 +167,23 @@ class GenerationRequest(Body):
             return body
         known = cls.model_fields.keys() | UNBUILT
         return {name: value for name, value in body.items() if value is not None or name not in known}
+
+
+class GenerationRequest(AnyRequest):
+    """What chat and text completions take."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="over prompt and answer; 1: none")
+    min_p: float = Field(0.0, ge=0, le=1, description="least probability as a share of the greatest")
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = Field(default_factory=list)
+    ignore_eos: bool = Field(False, description="go on behind the model's own end of text")
+    min_tokens: int = Field(0, ge=0, description="tokens before which nothing of the two above may end the text")
+    n: int = Field(1, ge=1, le=128, description="answers per prompt")
 
     @model_validator(mode="after")
     def check_stream_options(self) -> GenerationRequest:
@@ -333,7 +338,8 @@ class RequestMetrics(Reply):
     speculative_decoding: SpeculativeDecoding | None = Field(description="null where nothing was drafted")
 
 
-def _is_none(value: object) -> bool:
+def is_none(value: object) -> bool:
+    """For fields that are left out where they have nothing to say."""
     return value is None
 
 
@@ -373,8 +379,8 @@ class AssistantMessage(Reply):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
-    reasoning_content: str | None = Field(None, exclude_if=_is_none)
-    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_none)
+    reasoning_content: str | None = Field(None, exclude_if=is_none)
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=is_none)
 
 
 class ChatChoice(Reply):
@@ -396,32 +402,32 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: Usage
     strace: StraceReport | list[StraceReport] = Field(description="one report, or for several answers one each")
-    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
+    metrics: RequestMetrics | None = Field(None, exclude_if=is_none)
 
 
 class FunctionDelta(Reply):
     """What a chunk adds to a call."""
 
-    name: str | None = Field(None, exclude_if=_is_none)
-    arguments: str | None = Field(None, exclude_if=_is_none)
+    name: str | None = Field(None, exclude_if=is_none)
+    arguments: str | None = Field(None, exclude_if=is_none)
 
 
 class CallDelta(Reply):
     """A call that begins, or more of its arguments."""
 
     index: int
-    id: str | None = Field(None, exclude_if=_is_none)
-    type: Literal["function"] | None = Field(None, exclude_if=_is_none)
+    id: str | None = Field(None, exclude_if=is_none)
+    type: Literal["function"] | None = Field(None, exclude_if=is_none)
     function: FunctionDelta
 
 
 class Delta(Reply):
     """What a chunk adds to the answer."""
 
-    role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
-    content: str | None = Field(None, exclude_if=_is_none)
-    reasoning_content: str | None = Field(None, exclude_if=_is_none)
-    tool_calls: list[CallDelta] | None = Field(None, exclude_if=_is_none)
+    role: Literal["assistant"] | None = Field(None, exclude_if=is_none)
+    content: str | None = Field(None, exclude_if=is_none)
+    reasoning_content: str | None = Field(None, exclude_if=is_none)
+    tool_calls: list[CallDelta] | None = Field(None, exclude_if=is_none)
 
 
 class ChunkChoice(Reply):
@@ -442,8 +448,8 @@ class ChatChunk(Reply):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
-    strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=_is_none)
-    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
+    strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=is_none)
+    metrics: RequestMetrics | None = Field(None, exclude_if=is_none)
 
 
 class CompletionChoice(Reply):
@@ -467,8 +473,8 @@ class Completion(Reply):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=_is_none)
-    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
+    strace: StraceReport | list[StraceReport] | None = Field(None, exclude_if=is_none)
+    metrics: RequestMetrics | None = Field(None, exclude_if=is_none)
 
 
 class TokenizeRequest(Body):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from server.api.protocol import (
-    UNBUILT,
+    AnyRequest,
     Body,
     CalledFunction,
     ChatRequest,
@@ -16,11 +16,10 @@ from server.api.protocol import (
     Message,
     Reply,
     RequestMetrics,
-    StraceOptions,
     StraceReport,
     Tool,
     ToolCall,
-    _is_none,
+    is_none,
 )
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -123,40 +122,17 @@ class TextOptions(Body):
     format: PlainText = PlainText(type="text")
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(AnyRequest):
     """Body of `/v1/responses`. Nothing is kept between requests: the whole conversation is in `input`."""
 
-    model: str
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stream: bool = False
     tools: Annotated[list[FunctionTool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
     truncation: Literal["disabled"] = "disabled"
-    strace: StraceOptions = StraceOptions()
-    # These cannot change the output, so they are taken and left alone.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, body: Any) -> Any:
-        """A known field that is null counts as absent."""
-        if not isinstance(body, dict):
-            return body
-        known = cls.model_fields.keys() | UNBUILT
-        return {name: value for name, value in body.items() if value is not None or name not in known}
 
     def as_chat(self) -> ChatRequest:
         """The same request to `/v1/chat/completions`."""
@@ -302,8 +278,8 @@ class Response(Reply):
     top_p: float
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
-    strace: StraceReport | None = Field(None, exclude_if=_is_none)
-    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none)
+    strace: StraceReport | None = Field(None, exclude_if=is_none)
+    metrics: RequestMetrics | None = Field(None, exclude_if=is_none)
 
 
 class Event(Reply):
