@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from server.api.output import CALL_FORMATS, Call, Reader, Told, find_call_format, put_together
 
 HERMES, MISTRAL, LLAMA = CALL_FORMATS["hermes"], CALL_FORMATS["mistral"], CALL_FORMATS["llama3_json"]
-ARGUMENTS = {"city": 'Par}is "x"\\', "days": [1, {"a": None}]}
+ARGUMENTS = {"city": 'Par}is "x} y"\\', "days": [1, {"a": None}]}
 RAW = json.dumps(ARGUMENTS)
 ONE = f'{{"name": "weather", "arguments": {RAW}}}'
 TWO = '{"name": "time", "arguments": {}}'

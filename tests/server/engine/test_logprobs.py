@@ -10,17 +10,18 @@ import torch
 from server.engine.options import Options
 from server.engine.request import Mode
 from strace.decoder import DenseAttend
-from tests.server.engine.harness import decode, graphs, make_engine, make_request
+from tests.server.engine.harness import decode, graphs, make_engine, make_request, make_runner
 
 PROMPT = [(7 * i) % 251 for i in range(70)]
 
 
 @pytest.mark.parametrize("mode", [Mode.FULL, Mode.EXACT, Mode.ROUTED])
 @pytest.mark.parametrize("length", [None, 3])
-def test_they_are_the_full_models(mode: Mode, length: int | None) -> None:
+@pytest.mark.parametrize("kind", ["torch", "native"])
+def test_they_are_the_full_models(mode: Mode, length: int | None, kind: str) -> None:
     request = make_request(PROMPT, mode, max_tokens=20, temperature=0.8, seed=3, repetition_penalty=1.2, threshold=0.0)
     request = replace(request, logprobs=2, prompt_logprobs=True)
-    (got,) = decode(make_engine(Options(draft_length=length, chunk=32)), request)
+    (got,) = decode(make_engine(Options(draft_length=length, chunk=32), runner=make_runner(kind=kind)), request)
     ids = [*PROMPT, *got.ids]
     full = graphs()["full"]
     streams = full.streams(torch.tensor(ids), torch.arange(len(ids)), DenseAttend(1, len(ids)))
