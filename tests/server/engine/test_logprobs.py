@@ -9,15 +9,17 @@ import torch
 
 from server.engine.options import Options
 from server.engine.request import Mode
+from strace import native
 from strace.decoder import DenseAttend
 from tests.server.engine.harness import decode, graphs, make_engine, make_request, make_runner
 
+NATIVE = pytest.mark.skipif(not native.available(), reason=str(native.why_unavailable()))
 PROMPT = [(7 * i) % 251 for i in range(70)]
 
 
 @pytest.mark.parametrize("mode", [Mode.FULL, Mode.EXACT, Mode.ROUTED])
 @pytest.mark.parametrize("length", [None, 3])
-@pytest.mark.parametrize("kind", ["torch", "native"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("native", marks=NATIVE)])
 def test_they_are_the_full_models(mode: Mode, length: int | None, kind: str) -> None:
     request = make_request(PROMPT, mode, max_tokens=20, temperature=0.8, seed=3, repetition_penalty=1.2, threshold=0.0)
     request = replace(request, logprobs=2, prompt_logprobs=True)
