@@ -19,6 +19,7 @@ from rich.table import Table
 
 from server.config import EngineConfig
 from server.engine.build import Placement, build_engine
+from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
 from strace.classes import POOLED, read_prompts
 from strace.costs import Case, measure_costs, name_processor, read_bandwidth
@@ -69,7 +70,9 @@ class Bench:
 
     def __init__(self, model: str, subgraphs: Path | None = None, placement: Placement | None = None) -> None:
         """Raises what `build_engine` does."""
-        self.engine, self.checkpoint = build_engine(model, subgraphs, placement=placement)
+        self.engine, self.checkpoint = build_engine(
+            model, subgraphs, placement=placement, options=Options(prefix_cache=False)
+        )
 
     def generate(
         self, prompt: list[int], tokens: int, mode: Mode, params: SamplingParams, class_name: str | None = None

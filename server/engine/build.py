@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from server.engine.check import Limits
 from server.engine.cost import measure_start
-from server.engine.engine import Chooser, Engine, Limits
+from server.engine.engine import Chooser, Engine
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker

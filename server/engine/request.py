@@ -35,6 +35,10 @@ class Overloaded(RuntimeError):
         self.retry_after = retry_after
 
 
+class Unavailable(Overloaded):
+    """The engine takes no requests any more, or had to give one up; another server, or this one later, may run it."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One text to continue. `stop` are strings, cut before; `threshold` and `max_draft` None mean the engine's own;
@@ -68,7 +72,8 @@ class Ran:
     full passes that low confidence or a rejection caused. unverified: tokens emitted before a full pass saw them;
     divergent: how many of those the full model would not have chosen given the text before (their expected number where
     tokens are drawn without a seed). seconds: time spent decoding, in steps that read no prompt; full_seconds: what the
-    full model would have needed for the same tokens, at its measured step cost.
+    full model would have needed for the same tokens, at its measured step cost. cached_tokens: of the prompt, held from
+    another text that began alike. preemptions: how often it lost its blocks to an older text and was read anew.
     """
 
     mode: Mode
@@ -85,6 +90,8 @@ class Ran:
     seconds: float = 0.0
     full_seconds: float = 0.0
     bypass: str | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
 
     @property
     def speedup(self) -> float | None:

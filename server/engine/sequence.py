@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from server.engine.blocks import chain_key
 from server.engine.logprobs import TokenLogprob, read_logprobs
 from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Request, Update
 from server.engine.text import Text
 from strace.draft import Draft, DraftLimits
+from strace.kv import BLOCK
 from strace.sampling import Noise, Sampler
 
 _NOTHING = Draft([], [], None)
@@ -34,7 +37,8 @@ class Sequence:
     ids: prompt and continuation. verified: positions whose keys and values the full model wrote, for these very tokens.
     Between steps everything but the last token is verified, or the prompt is still being read. draft: what this step
     drew; the first `emitted` of its tokens are already part of the text, the others are held until the full model has
-    settled them.
+    settled them. blocks: those of the cache that it holds, `table` the same as the runner reads it; the first `sealed`
+    of them are filled and known to the pool.
     """
 
     request: Request
@@ -45,10 +49,11 @@ class Sequence:
     deliver: Deliver
     times: Times
     threshold: float
+    table: Tensor
     ids: list[int] = field(init=False)
     verified: int = 0
     blocks: list[int] = field(default_factory=list)
-    table: Tensor | None = None
+    sealed: int = 0
     draft: Draft = _NOTHING
     emitted: int = 0
     finish: str | None = None
@@ -57,6 +62,8 @@ class Sequence:
     _fresh_drafted: list[bool] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    _prompt_read: int = 1  # tokens of the prompt whose log-probabilities are known; the first has none
+    _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt)
@@ -75,6 +82,33 @@ class Sequence:
     def most_tokens(self) -> int:
         """Length of the text when it is as long as it may become."""
         return len(self.request.prompt) + self.request.max_tokens
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are still to be read."""
+        return self.request.prompt_logprobs and self._prompt_read < len(self.request.prompt)
+
+    def keys(self, blocks: int) -> list[bytes]:
+        """The keys of the first blocks of the text, full ones all."""
+        for start in range(len(self._keys) * BLOCK, blocks * BLOCK, BLOCK):
+            before = self._keys[-1] if self._keys else b""
+            self._keys.append(chain_key(before, self.ids[start : start + BLOCK]))
+        return self._keys[:blocks]
+
+    def hold(self, blocks: list[int]) -> None:
+        """Take over blocks for what comes next."""
+        if blocks:
+            held = len(self.blocks)
+            self.blocks += blocks
+            self.table[held : len(self.blocks)] = torch.tensor(blocks)
+
+    def reach(self, options: Options) -> int:
+        """Length of the text with all drafts that the next step may draw."""
+        if self.ran.mode == Mode.FULL:
+            return len(self.ids)
+        limits = self.limits(options)
+        sure = limits.emitted if limits.threshold <= 1 else 0
+        return len(self.ids) + min(limits.room, limits.held + sure)
 
     def limits(self, options: Options) -> DraftLimits:
         """Where this step's draft ends."""
@@ -117,11 +151,15 @@ class Sequence:
         return token in self.stop_ids or self.text.completes_stop(token)
 
     def read_prompt(self, rows: Tensor) -> Tensor:
-        """Take the log-probabilities of the prompt's tokens from the rows of a chunk, float32 [n, V]; the row that the
-        first token of the text follows from is given back, float32 [0 or 1, V]."""
-        following = self.request.prompt[self.verified + 1 : self.verified + 1 + len(rows)]
-        self._prompt_logprobs += read_logprobs(rows, following, self.request.logprobs or 0)
-        return rows[len(following) :]
+        """Take the log-probabilities of the prompt's tokens from the rows of a chunk, float32 [n, V], but for those
+        known from before the text lost its blocks; the row that the next token follows from is given back, float32
+        [0 or 1, V]."""
+        end = self.verified + len(rows)
+        following = self.request.prompt[self._prompt_read : end + 1]
+        unread = rows[self._prompt_read - 1 - self.verified :]
+        self._prompt_logprobs += read_logprobs(unread, following, self.request.logprobs or 0)
+        self._prompt_read += len(following)
+        return rows[len(rows) - (end == len(self.ids)) :]
 
     def append(self, token: int, drafted: bool, logprob: TokenLogprob | None = None) -> None:
         """Add a token to the text and see whether it ends it."""

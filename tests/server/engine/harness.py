@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from server.engine.check import Limits
 from server.engine.cost import CostModel
-from server.engine.engine import Engine, Handle, Limits
+from server.engine.engine import Engine, Handle
 from server.engine.logprobs import TokenLogprob
 from server.engine.observer import Observer
 from server.engine.options import Options

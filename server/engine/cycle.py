@@ -1,0 +1,129 @@
+"""A step's passes: drafts where they pay, one full-model pass over everything, and what its rows make of the drafts.
+
+It knows the runner and what speculation learns; which texts run, and on which blocks, the scheduler has said.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from server.engine.cost import CostModel
+from server.engine.options import Options
+from server.engine.request import Mode
+from server.engine.scheduler import Plan
+from server.engine.sequence import Sequence
+from server.engine.settle import settle
+from server.engine.speculation import Speculation
+from strace.draft import DraftLimits, DraftPlan, GainRule, count_alive
+from strace.kv import Batch
+from strace.runner import FULL, Runner
+
+logger = logging.getLogger(__name__)
+PROBE = 4  # drafts of a probe
+
+
+class Cycle:
+    """What all steps share."""
+
+    def __init__(self, runner: Runner, cost: CostModel, speculation: Speculation, options: Options) -> None:
+        self.runner, self.cost, self.speculation = runner, cost, speculation
+        self._options = options
+
+    def draft(self, plan: Plan) -> None:
+        """Draw drafts, batched per subgraph, where they pay, and book them."""
+        planned = len(plan.decoding) + sum(plan.chunks.values())
+        by_graph: dict[str, list[Sequence]] = {}
+        for sequence in plan.decoding:
+            if sequence.ran.mode != Mode.FULL:
+                by_graph.setdefault(sequence.ran.class_name, []).append(sequence)
+        for graph, sequences in by_graph.items():
+            rule = self.speculation.rule(graph, planned, len(plan.decoding))
+            rule, limits = self._choose_drafting(rule, {s: s.limits(self._options) for s in sequences})
+            if limits:
+                drafting = DraftPlan([s.sampler() for s in limits], list(limits.values()), rule)
+                planned += self._draft_with(graph, drafting, list(limits))
+
+    def _choose_drafting(
+        self, rule: GainRule, limits: dict[Sequence, DraftLimits]
+    ) -> tuple[GainRule, dict[Sequence, DraftLimits]]:
+        """The sequences of one graph that shall draw, and the rule they draw by. Where none does, now and then all of
+        them probe: several drafts each, because the cost of a lone one would be mostly that of the call."""
+        able = {s: limit for s, limit in limits.items() if limit.left() > 0}
+        paying = {s: limit for s, limit in able.items() if rule.pays(1.0, len(able), 0, limit.left())}
+        if paying or not able or not self.speculation.probes():
+            return rule, paying
+        probing = {
+            s: replace(limit, held=min(PROBE, limit.held), emitted=min(PROBE, limit.emitted))
+            for s, limit in able.items()
+        }
+        return replace(rule, always=True), probing
+
+    def _draft_with(self, graph: str, plan: DraftPlan, sequences: list[Sequence]) -> int:
+        """Draw and book the drafts of one graph; how many tokens they add to the full pass."""
+        begun = time.perf_counter()
+        drafts = self.runner.draft(graph, _batch({s: s.ids[s.verified :] for s in sequences}), plan)
+        alive = count_alive(drafts)
+        self.cost.observe(graph, alive, time.perf_counter() - begun)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            sequence.book(draft)
+        return sum(alive)
+
+    def full_pass(self, plan: Plan) -> dict[Sequence, Tensor]:
+        """One full-model pass over everything; the rows [n, V] that each text needs to go on, none inside a prompt."""
+        tokens = {s: s.ids[s.verified :] + s.held for s in plan.decoding}
+        wanted = {s: len(tokens[s]) for s in plan.decoding}
+        for sequence, count in plan.chunks.items():
+            tokens[sequence] = sequence.ids[sequence.verified : sequence.verified + count]
+            wanted[sequence] = count if sequence.reads_prompt else int(sequence.verified + count == len(sequence.ids))
+        rows: list[int] = []
+        end = 0
+        for sequence, block in tokens.items():
+            end += len(block)
+            rows += range(end - wanted[sequence], end)
+        logits = self.runner.forward(FULL, _batch(tokens), rows).split(list(wanted.values()))
+        return {s: part for s, part in zip(tokens, logits, strict=True) if len(part)}
+
+    def settle(self, logits: dict[Sequence, Tensor], plan: Plan) -> dict[Sequence, Exception]:
+        """Bring every text to its next verified state; those that could not be, and why."""
+        failed: dict[Sequence, Exception] = {}
+        for sequence, count in plan.chunks.items():
+            if sequence.reads_prompt:
+                logits[sequence] = sequence.read_prompt(logits[sequence])
+            sequence.verified += count
+        for sequence, rows in logits.items():
+            if not len(rows):
+                continue
+            try:
+                judged = settle(sequence, rows, self.runner)
+            except Exception as error:
+                logger.exception("request %s failed", sequence.request.id)
+                failed[sequence] = error
+                continue
+            for confidence, share in judged:
+                self.speculation.calibrations[sequence.ran.class_name].judge(confidence, share)
+        return failed
+
+    def account(self, before: dict[Sequence, int], seconds: float, plain: bool) -> None:
+        """Book the time of a step that read no prompts, and what the full model would have needed for its tokens.
+
+        before: tokens of each text before the step. A plain step, without drafts, is what the full model needs: no
+        estimate is asked.
+        """
+        full_step = seconds if plain else self.cost.seconds(FULL, len(before))
+        for sequence, tokens in before.items():
+            sequence.ran.seconds += seconds
+            sequence.ran.full_seconds += (sequence.ran.tokens - tokens) * full_step
+        added = sum(s.ran.tokens - n for s, n in before.items())
+        self.speculation.paced(added, len(before), seconds)
+
+
+def _batch(tokens: dict[Sequence, list[int]]) -> Batch:
+    """One pass over each sequence's next tokens, from its first unverified position on."""
+    joined = torch.tensor([token for block in tokens.values() for token in block], dtype=torch.int64)
+    tables = torch.stack([s.table for s in tokens])
+    return Batch(joined, [len(block) for block in tokens.values()], [s.verified for s in tokens], tables)
