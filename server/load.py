@@ -51,7 +51,7 @@ def load_served(config: EngineConfig) -> Served:
         tokenizer=checkpoint.tokenizer,
         vocabulary=engine.limits.vocabulary,
         context=engine.limits.context,
-        classes=engine.classes,
+        classes=(*engine.classes, *engine.unpaying),
         metrics=metrics,
         mode=config.mode,
         max_queue=config.max_queue,

@@ -1,4 +1,4 @@
-"""Prompt classes: reading them, splitting them by source, and telling which class a prompt is of."""
+"""Prompt classes: reading them, and splitting them by source."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
-from strace.files import file_beside
 
 POOLED = "pooled"
 RESERVED = frozenset({POOLED, "full", "exact", "routed", "auto", "embedded"})
@@ -153,81 +149,3 @@ def split_classes(classes: Mapping[str, Sequence[Prompt]], seed: int = 0) -> dic
             getattr(split[name], part_of[prompt.source]).append(prompt)
     pooled = Parts(*([p for parts in split.values() for p in getattr(parts, use)] for use in SHARES))
     return {**split, POOLED: pooled}
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Which class a prompt's tokens are of: logistic regression on its token frequencies.
-
-    weights: float32 [C, V]. biases: float32 [C]. `least`: the probability below which the answer is `pooled`.
-    """
-
-    names: tuple[str, ...]
-    weights: np.ndarray
-    biases: np.ndarray
-    least: float = 0.6
-
-    FILE = "classifier.safetensors"
-
-    @classmethod
-    def fit(cls, prompts: Mapping[str, Sequence[Sequence[int]]], vocabulary: int, seed: int = 0) -> Classifier:
-        """From token ids of each class's prompts; of each also its openings, because a short prompt must be told as
-        well."""
-        # Here, because serving needs neither and scikit-learn loads slowly.
-        from scipy.sparse import csr_matrix, vstack
-        from sklearn.linear_model import LogisticRegression
-
-        names = tuple(prompts)
-        if len(names) < 2:
-            return cls(names, np.zeros((len(names), vocabulary), np.float32), np.zeros(len(names), np.float32), 2.0)
-        examples = [(c, ids[:n]) for c, name in enumerate(names) for ids in prompts[name] for n in (8, 32, len(ids))]
-        features = vstack([csr_matrix(_frequencies(ids, vocabulary)) for _, ids in examples])
-        labels = [c for c, _ in examples]
-        model = LogisticRegression(C=30.0, class_weight="balanced", max_iter=300, random_state=seed)
-        model.fit(features, labels)
-        # Two classes give one row, whose sigmoid is the softmax of (0, row).
-        rows, biases = model.coef_, model.intercept_
-        if len(rows) == 1:
-            rows, biases = np.concatenate([0 * rows, rows]), np.concatenate([0 * biases, biases])
-        return cls(names, np.ascontiguousarray(rows, np.float32), biases.astype(np.float32))
-
-    def probabilities(self, ids: Sequence[int]) -> np.ndarray:
-        """float [C]."""
-        scores = self.weights @ _frequencies(ids, self.weights.shape[1]) + self.biases
-        scores = np.exp(scores - scores.max())
-        return np.asarray(scores / scores.sum())
-
-    def choose(self, ids: Sequence[int]) -> str:
-        """The class of a prompt's token ids, `pooled` when unsure."""
-        if not len(ids) or not self.names:
-            return POOLED
-        p = self.probabilities(ids)
-        return self.names[int(p.argmax())] if p.max() >= self.least else POOLED
-
-    def save(self, folder: Path) -> None:
-        """Write `classifier.safetensors` into `folder`."""
-        tensors = {"weights": self.weights, "biases": self.biases}
-        with file_beside(folder / self.FILE) as beside:
-            save_file(tensors, beside, {"names": json.dumps(self.names), "least": str(self.least)})
-
-    @classmethod
-    def load(cls, folder: Path) -> Classifier:
-        """Read `classifier.safetensors` of `folder`.
-
-        Raises:
-            ValueError: if it is missing or cannot be read.
-        """
-        try:
-            with safe_open(folder / cls.FILE, framework="numpy") as stored:
-                about = stored.metadata() or {}
-                names = tuple(json.loads(about["names"]))
-                weights, biases = stored.get_tensor("weights"), stored.get_tensor("biases")
-                return cls(names, weights, biases, float(about["least"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"cannot read the classifier {folder / cls.FILE}: {error}") from error
-
-
-def _frequencies(ids: Sequence[int], vocabulary: int) -> np.ndarray:
-    """float32 [V] of unit length, square roots of counts: one frequent word shall not outweigh all others."""
-    counts = np.sqrt(np.bincount(np.asarray(ids, dtype=np.int64), minlength=vocabulary)[:vocabulary])
-    return np.asarray(counts / max(float(np.linalg.norm(counts)), 1e-12), dtype=np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -16,10 +16,12 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
-from strace.classes import SHARES, BadPrompts, Classifier, Parts, Prompt, read_prompts, shipped_prompts, split_classes
+from strace.classes import SHARES, BadPrompts, Parts, Prompt, read_prompts, shipped_prompts, split_classes
+from strace.classifier import Classifier, Frame, fit_classifier
 from strace.controls import score_units
 from strace.costs import name_processor
 from strace.decoder import Decoder
@@ -183,11 +185,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate's subgraph, what it keeps and how it does."""
+    """A candidate's subgraph, what it keeps and how it does; distilled: minutes."""
 
     subgraph: Decoder
     kept: Kept
     record: Candidate
+    distilled: float = 0.0
 
 
 class Tracer:
@@ -345,7 +348,7 @@ class Tracer:
         self.say(f"{name}: distilled: {_summarise(record)}")
         if record.speedup <= best.record.speedup:
             return best
-        return Tried(subgraph, best.kept, record.model_copy(update={"best": best.record.best}))
+        return Tried(subgraph, best.kept, record.model_copy(update={"best": best.record.best}), self.options.distill)
 
     def record(self, plan: Plan, subgraph: Decoder, own: Sequence[Continuation]) -> Candidate:
         """A candidate's acceptance on the full model's own text, and what that is predicted to bring."""
@@ -395,6 +398,7 @@ class Tracer:
             plan=best.record.plan,
             why=why,
             pays=pays,
+            distilled=best.distilled,
             kept=[_kept_layer(g, n) for g, n in zip(kept.groups, kept.neurons, strict=True)],
             head_rows=subgraph.head.shape[0],
             measured=Measured(
@@ -501,14 +505,44 @@ def trace(options: Options, say: Callable[[str], None] = print) -> dict[str, Man
     split = split_classes(classes, options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     tracer = Tracer(checkpoint, load_decoder(checkpoint, choose_dtype("cpu")), options, say)
-    fit_classifier(checkpoint, {name: split[name] for name in classes}, options.seed).save(options.output)
+    make_classifier(checkpoint, {name: split[name] for name in classes}, options.seed).save(options.output)
     made = {name: tracer.trace_class(name, parts) for name, parts in split.items()}
     return {name: manifest for name, manifest in made.items() if manifest is not None}
 
 
-def fit_classifier(checkpoint: Checkpoint, split: dict[str, Parts], seed: int) -> Classifier:
-    """The classifier of the classes, from the texts to fit on."""
-    ids = {
-        n: [checkpoint.tokenizer(p.text, verbose=False)["input_ids"] for p in parts.fit] for n, parts in split.items()
-    }
-    return Classifier.fit(ids, checkpoint.spec.vocabulary, seed)
+def make_classifier(checkpoint: Checkpoint, split: Mapping[str, Parts], seed: int) -> Classifier:
+    """The classifier of the classes, fitted on what is to fit and to choose by, judged on what is to report; prompts
+    that repeat an earlier part's are left out."""
+    known, reported = {}, {}
+    for name, parts in split.items():
+        distinct = drop_repeats(parts).parts
+        known[name], reported[name] = (
+            [(p.source, checkpoint.tokenizer(p.text, verbose=False)["input_ids"]) for p in prompts]
+            for prompts in ([*distinct.fit, *distinct.choose], distinct.report)
+        )
+    return fit_classifier(
+        known,
+        reported,
+        checkpoint.spec.vocabulary,
+        tokenizer_hash=checkpoint.tokenizer_hash,
+        ignored=special_ids(checkpoint),
+        frame=read_frame(checkpoint),
+        seed=seed,
+    )
+
+
+def read_frame(checkpoint: Checkpoint) -> Frame:
+    """What the chat template puts around a user's turn; nothing where there is none."""
+    tokenizer, mark = checkpoint.tokenizer, "Zq7"
+    if tokenizer.chat_template is None:
+        return Frame()
+    turn = [{"role": "user", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # it wants more than one turn of a user
+        return Frame()
+    before, found, after = str(text).rpartition(mark)
+    if not found:
+        return Frame()
+    ids = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    return Frame(*(tuple(part) for part in ids))

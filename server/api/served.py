@@ -53,7 +53,7 @@ class Served:
     """One model behind the API.
 
     name: as requests call it; `name:CLASS` and `name:MODE` choose a class or mode by name alone. context: in tokens.
-    classes: those with a subgraph. mode: for requests that name none. max_queue: requests that may wait.
+    classes: those that requests may name. mode: for requests that name none. max_queue: requests that may wait.
     """
 
     name: str

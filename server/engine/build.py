@@ -15,11 +15,12 @@ from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
 from strace.checkpoint import BadCheckpoint, Checkpoint, load_decoder, open_checkpoint
-from strace.classes import Classifier
+from strace.classifier import Classifier
 from strace.decoder import Decoder
 from strace.graphs import choose_dtype, choose_folder, load_drafts, make_runner
 from strace.kv import BLOCK, block_bytes
 from strace.runner import FULL
+from strace.subgraph import list_unpaying
 
 _MEMORY_SHARE = 0.25  # of the memory still free once the weights are loaded: what the cache takes unless told otherwise
 
@@ -56,7 +57,7 @@ def build_engine(
     engine will run.
 
     Raises:
-        BadCheckpoint, UnsupportedModel, BadSubgraph: see strace.checkpoint, strace.families, strace.subgraph.
+        BadCheckpoint, UnsupportedModel, BadSubgraph, BadClassifier: see the modules of strace that they are in.
         ValueError: for an unknown dtype, a runner that cannot be had, a device that cannot compile, or memory that does
             not hold one block of the cache.
     """
@@ -65,7 +66,7 @@ def build_engine(
     full = load_decoder(checkpoint, choose_dtype(where.device, where.dtype), where.device, where.max_memory)
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
-    chooser: Chooser | None = None if folder is None else Classifier.load(folder)
+    chooser: Chooser | None = None if folder is None else Classifier.load(folder, checkpoint.tokenizer_hash)
     tokenizer = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
     if tokenizer is None:
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
@@ -79,6 +80,7 @@ def build_engine(
         limits=Limits(full.spec.context, full.spec.vocabulary),
         cost=measure_start(runner, checkpoint.weight_hash),
         chooser=chooser,
+        unpaying={} if folder is None else list_unpaying(folder),
         observer=observer,
         options=options,
         worker=worker,

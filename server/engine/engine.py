@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,7 +80,8 @@ class Handle:
 class Engine:
     """Decodes many texts at once, in any mode, over one cache.
 
-    drafts: names of the runner's graphs that can draft, `pooled` among them if there are any.
+    drafts: names of the runner's graphs that can draft, `pooled` among them if there are any. unpaying: classes that
+    requests may name although no subgraph pays for them, and why not; `pooled` drafts for them.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Engine:
         limits: Limits,
         cost: CostModel,
         chooser: Chooser | None = None,
+        unpaying: Mapping[str, str] | None = None,
         observer: Observer | None = None,
         options: Options | None = None,
         worker: Worker | None = None,
@@ -100,6 +102,7 @@ class Engine:
         self.options = options or Options()
         self.limits = limits
         self.classes = tuple(drafts)
+        self.unpaying = dict(unpaying or {})
         self.observer: Observer = observer or Nobody()
         self.scheduler = Scheduler(BlockPool(runner.cache.blocks), self.options)
         self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
@@ -198,16 +201,18 @@ class Engine:
         return Stats(len(self.scheduler.running), len(self.scheduler.waiting), self.pool.used, self.pool.total)
 
     def _resolve(self, request: Request) -> tuple[Mode, str, str | None]:
-        """Mode and class that a request runs with, and why it does without drafts, if so."""
-        name = request.class_name
+        """Mode and class that a request runs with, and why without drafts or without its class's own, if so."""
+        name, passed = request.class_name, None
+        if name in self.unpaying:
+            name, passed = POOLED, f"class {name}: {self.unpaying[name]}; pooled drafts"
         if name is not None and name not in self.classes:
-            known = ", ".join(self.classes) or "none: no subgraph is loaded"
+            known = ", ".join((*self.classes, *self.unpaying)) or "none: no subgraph is loaded"
             raise Refused(f"unknown class {name!r}; known are {known}", "class")
         if name is None:
             chosen = self._chooser.choose(request.prompt) if self._chooser else POOLED
             name = chosen if chosen in self.classes else POOLED
         if request.mode == Mode.FULL:
-            return Mode.FULL, name, None
+            return Mode.FULL, name, passed
         if not self.classes:
             if request.mode != Mode.AUTO:
                 raise Refused(f"mode {request.mode.value!r} needs a draft and none is loaded", "mode")
@@ -215,7 +220,7 @@ class Engine:
         mode = self.options.auto if request.mode == Mode.AUTO else request.mode
         if mode == Mode.ROUTED and request.logprobs is not None:
             mode = Mode.EXACT  # they are the full model's, which has not seen what is emitted unverified
-        return mode, name, "max_draft is 0" if request.max_draft == 0 else None
+        return mode, name, "max_draft is 0" if request.max_draft == 0 else passed
 
     # Called in the engine's thread only.
 

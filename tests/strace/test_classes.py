@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from strace.classes import (
     POOLED,
     BadPrompts,
-    Classifier,
     Prompt,
     read_prompts,
     shipped_prompts,
@@ -134,38 +132,3 @@ def test_the_shipped_prompts_can_be_read_and_split() -> None:
     split = split_classes(read_prompts(shipped_prompts()))
     assert sorted(split) == ["chat", "code", "facts", "math", POOLED, "stories"]
     assert all(len(parts.report) >= 20 for parts in split.values())
-
-
-def draw(rng: np.random.Generator, low: int, count: int) -> list[list[int]]:
-    """Prompts of tokens from [low, low + 40) and some common to all."""
-    return [rng.choice([*range(low, low + 40), *range(20)], 60).tolist() for _ in range(count)]
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_the_classifier_tells_classes_and_admits_doubt(tmp_path: Path, classes: int) -> None:
-    rng = np.random.default_rng(0)
-    names = ["a", "b", "c"][:classes]
-    fitted = Classifier.fit({n: draw(rng, 40 * (i + 1), 30) for i, n in enumerate(names)}, 300)
-    for i, name in enumerate(names):
-        assert [fitted.choose(ids) for ids in draw(rng, 40 * (i + 1), 20)] == [name] * 20
-    common = [rng.choice(20, 60).tolist() for _ in range(20)]
-    assert sum(fitted.choose(ids) == POOLED for ids in common) > 10
-    assert fitted.choose([]) == POOLED
-    assert fitted.probabilities([41, 42]).sum() == pytest.approx(1)
-    fitted.save(tmp_path)
-    loaded = Classifier.load(tmp_path)
-    assert loaded.names == tuple(names)
-    assert np.array_equal(loaded.weights, fitted.weights)
-    assert [loaded.choose(ids) for ids in common] == [fitted.choose(ids) for ids in common]
-
-
-def test_one_class_alone_cannot_be_told_from_others() -> None:
-    assert Classifier.fit({"a": [[1, 2, 3]]}, 10).choose([1, 2, 3]) == POOLED
-
-
-def test_a_classifier_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the classifier .*classifier\.safetensors"):
-        Classifier.load(tmp_path)
-    (tmp_path / "classifier.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="cannot read the classifier"):
-        Classifier.load(tmp_path)

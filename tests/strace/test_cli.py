@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_only_the_classes_named_are_traced(folder: Path) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == ["classifier.safetensors", "digits", "pooled"]
+    assert sorted(p.name for p in folder.iterdir()) == ["classifier.json", "classifier.safetensors", "digits", "pooled"]
 
 
 def test_inspect_shows_a_table_and_a_picture(folder: Path) -> None:

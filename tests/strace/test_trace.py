@@ -13,13 +13,14 @@ import pytest
 
 from strace import trace as pipeline
 from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
-from strace.classes import BadPrompts, Classifier
+from strace.classes import BadPrompts
+from strace.classifier import Classifier
 from strace.distill import Distilled, distill
 from strace.graphs import load_drafts
 from strace.measure import measure_acceptance
 from strace.onpolicy import Positions
 from strace.search import StepCosts
-from strace.subgraph import MANIFEST, TENSORS, Manifest, load_subgraphs, read_manifest
+from strace.subgraph import MANIFEST, TENSORS, Manifest, list_unpaying, load_subgraphs, read_manifest
 from strace.texts import batch_texts
 from strace.trace import Options, plan_candidates, trace
 from tests.tiny import random_tokens, save_tiny
@@ -170,6 +171,7 @@ def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeyp
     assert not manifest.pays
     assert manifest.why.startswith("no subgraph: ")
     assert "below 1.05" in manifest.why
+    assert list_unpaying(tmp_path) == {"digits": manifest.why}
     assert load_subgraphs(tmp_path, checkpoint, full) == {}
     assert sorted(load_drafts(checkpoint, full, tmp_path)) == ["pooled"]
 

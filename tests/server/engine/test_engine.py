@@ -132,6 +132,24 @@ def test_refused_classes_are_named() -> None:
         make_engine().submit(make_request(class_name="poetry"), print)
 
 
+def test_a_class_that_does_not_pay_is_served_by_pooled_and_told_why() -> None:
+    engine = make_engine()
+    engine.unpaying = {"verse": "no subgraph: predicted 1.02"}
+    asked, full, none = decode(
+        engine,
+        make_request(class_name="verse"),
+        make_request(mode=Mode.FULL, class_name="verse"),
+        make_request(class_name="verse", max_draft=0),
+    )
+    assert (asked.ran.class_name, asked.ran.mode) == ("pooled", Mode.EXACT)
+    assert asked.ran.bypass == full.ran.bypass == "class verse: no subgraph: predicted 1.02; pooled drafts"
+    assert asked.ran.drafted > 0
+    assert none.ran.bypass == "max_draft is 0"
+    assert decode(engine, make_request())[0].ran.bypass is None
+    with pytest.raises(Refused, match="'poetry'; known are pooled, lame, stranger, verse"):
+        engine.submit(make_request(class_name="poetry"), print)
+
+
 def test_too_large_for_the_cache() -> None:
     with pytest.raises(Refused, match="KV cache of 2 blocks"):
         make_engine(blocks=2).submit(make_request(max_tokens=70), print)
