@@ -63,8 +63,8 @@ def test_classes_are_told_and_doubt_is_admitted(classes: int) -> None:
 def test_a_text_of_no_class_goes_to_pooled_however_likely_one_of_them_is(fitted: Classifier) -> None:
     rng = np.random.default_rng(2)
     # Words that no class has, and a few of one class: that class is the likeliest by far.
-    strange = [[*rng.choice(range(200, 300), 50).tolist(), *rng.choice(range(40, 80), 10).tolist()] for _ in range(20)]
-    assert all(fitted.probabilities(ids).max() > 0.8 for ids in strange)
+    strange = [[*rng.choice(range(200, 300), 36).tolist(), *rng.choice(range(40, 80), 24).tolist()] for _ in range(20)]
+    assert all(fitted.probabilities(ids).max() > max(fitted.manifest.least) for ids in strange)
     assert {fitted.choose(ids) for ids in strange} == {POOLED}
     assert min(fitted.manifest.strangers.values()) > 0.9
     assert set(fitted.manifest.strangers) == set(NAMES)
