@@ -23,7 +23,7 @@ from server.api.errors import ApiError
 from server.api.protocol import ChatRequest, CompletionRequest, Message, StraceOptions
 from server.config import Compile, Dtype, EngineConfig, ReasoningParser, RunnerKind, ServeConfig, ToolParser
 from server.engine.engine import StepFailed
-from server.engine.request import Mode
+from server.engine.request import Mode, Overloaded
 from server.load import load_served
 from server.serve import serve as run_server
 from strace import errors
@@ -94,7 +94,8 @@ def serve(
     served_model_name: Annotated[str | None, setting("served_model_name")] = None,
     api_key: Annotated[str | None, setting("api_key")] = None,
     max_queue: Annotated[int | None, setting("max_queue")] = None,
-    kv_memory: Annotated[int | None, setting("kv_memory")] = None,
+    kv_memory: Annotated[str | None, setting("kv_memory")] = None,
+    prefix_cache: Annotated[bool | None, setting("prefix_cache", "--prefix-cache/--no-prefix-cache")] = None,
     max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
     request_timeout: Annotated[float | None, setting("request_timeout")] = None,
     api_key_file: Annotated[Path | None, setting("api_key_file")] = None,
@@ -231,7 +232,7 @@ def told() -> Iterator[None]:
             yield
         except ApiError as error:
             fail(str(error), WRONG_USAGE)
-        except (StepFailed, benchmark.Busy) as error:
+        except (StepFailed, Overloaded, benchmark.Busy) as error:
             fail(str(error))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.engine.request import Mode
@@ -29,7 +29,10 @@ class EngineConfig(BaseSettings):
     dtype: Dtype = Field("auto", description="format of the full model's weights")
     device: str = Field("cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto")
     context: int | None = Field(None, ge=1, description="most tokens of prompt and answer; default: the model's limit")
-    kv_memory: int | None = Field(None, ge=1, description="MiB for the KV cache; default: a share of what is free")
+    kv_memory: ByteSize | None = Field(
+        None, gt=0, description="memory of the KV cache, such as 2GiB; default: a share of what is free"
+    )
+    prefix_cache: bool = Field(True, description="whether prompts that begin alike share entries of the KV cache")
     runner: RunnerKind = Field("auto", description="what computes: native or torch; auto: native on the CPU if built")
     compile: Compile = Field("auto", description="capture whole steps as CUDA graphs; auto: wherever there is CUDA")
     tool_parser: ToolParser = Field("auto", description="format of the model's tool calls; auto: by its chat template")

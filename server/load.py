@@ -15,6 +15,7 @@ from server.engine.options import Options
 from server.engine.worker import Worker
 from server.metrics import Metrics
 from strace.graphs import choose_dtype
+from strace.kv import BLOCK
 
 
 def load_served(config: EngineConfig) -> Served:
@@ -27,15 +28,16 @@ def load_served(config: EngineConfig) -> Served:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not available on this machine")
     metrics = Metrics()
-    kv_memory = None if config.kv_memory is None else config.kv_memory * 2**20
-    placement = Placement(config.device, config.dtype, config.context, None, kv_memory, config.runner, config.compile)
+    placement = Placement(
+        config.device, config.dtype, config.context, None, config.kv_memory, config.runner, config.compile
+    )
     worker = Worker()
     build = partial(
         build_engine,
         config.model,
         config.subgraphs,
         placement=placement,
-        options=Options(max_waiting=config.max_queue),
+        options=Options(max_waiting=config.max_queue, prefix_cache=config.prefix_cache),
         observer=metrics,
         worker=worker,
     )
@@ -51,6 +53,7 @@ def load_served(config: EngineConfig) -> Served:
         tokenizer=checkpoint.tokenizer,
         vocabulary=engine.limits.vocabulary,
         context=engine.limits.context,
+        cache=engine.pool.total * BLOCK,
         classes=(*engine.classes, *engine.unpaying),
         metrics=metrics,
         mode=config.mode,

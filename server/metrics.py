@@ -51,6 +51,8 @@ class Metrics:
         self.kv_usage = gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use")
         self.info = gauge("info", "1; its labels say what runs", "version", "model", "dtype", "device")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
+        self.prefix_tokens = counter("prefix_tokens", "Prompt tokens by whether a text before held them", "outcome")
+        self.preemptions = counter("preemptions", "Times that a text lost its blocks to an older one")
         self.generation_tokens = counter("generation_tokens", "Tokens generated", "mode", "class")
         self.requests = counter("requests", "Requests finished", "mode", "class", "finish_reason")
         self.errors = counter("request_errors", "Requests answered with an error", "type")
@@ -95,6 +97,10 @@ class Metrics:
     def on_finish(self, ran: Ran, times: Times, outcome: str) -> None:
         """Add a finished request's accounts and times."""
         self._count_tokens(ran, outcome)
+        if times.admitted is not None:
+            self.prefix_tokens.labels("hit").inc(ran.cached_tokens)
+            self.prefix_tokens.labels("miss").inc(ran.prompt_tokens - ran.cached_tokens)
+        self.preemptions.inc(ran.preemptions)
         self._count_drafts(ran)
         self._count_times(times)
 

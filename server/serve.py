@@ -78,7 +78,8 @@ def describe(served: Served, config: ServeConfig, port: int) -> str:
     key = "" if not locked else ' -H "Authorization: Bearer $STRACE_LLM_API_KEY"'
     lines = [
         f"strace-llm {version('strace-llm')} serves {served.name} on {config.device}: mode {served.mode.value}, "
-        f"classes {', '.join(served.classes) or 'none'}, context {served.context} tokens",
+        f"classes {', '.join(served.classes) or 'none'}, context {served.context} tokens, "
+        f"KV cache {served.cache} tokens",
         f"API at {url}/v1, metrics at {url}/metrics",
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ]

@@ -53,6 +53,7 @@ def quantiles(histogram: str) -> dict[str, str]:
 SPEEDUP = ("decode_full_equivalent_seconds_total", "decode_seconds_total")
 ACCEPTANCE = ("spec_decode_num_accepted_tokens_total", "spec_decode_num_draft_tokens_total")
 TOKENS = "generation_tokens_total"
+HELD = 'prefix_tokens_total{outcome="hit"}'
 
 PANELS = [
     Panel(
@@ -151,6 +152,19 @@ PANELS = [
         {"{{instance}}": "strace_llm_kv_cache_usage_ratio"},
         "percentunit",
         maximum=1,
+    ),
+    Panel(
+        "Prompt tokens held already",
+        "Share of the prompt tokens that were not read, because a text before began alike.",
+        {"held": f"{increase_rate(HELD)} / ({increase_rate('prefix_tokens_total')} > 0)"},
+        "percentunit",
+        maximum=1,
+    ),
+    Panel(
+        "Preemptions per second",
+        "Texts that lost their blocks of the KV cache to an older one, and were read anew.",
+        {"preemptions": increase_rate("preemptions_total")},
+        "none",
     ),
     Panel(
         "Time to first token",

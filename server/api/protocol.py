@@ -295,12 +295,19 @@ class CompletionRequest(GenerationRequest):
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
 
+class PromptDetails(Reply):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int = Field(0, description="tokens that were not read, since a text before began alike")
+
+
 class Usage(Reply):
     """Token counts of a response, over all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
 
 
 class StraceReport(Reply):

@@ -14,6 +14,7 @@ from server.api.protocol import (
     Function,
     FunctionName,
     Message,
+    PromptDetails,
     Reply,
     RequestMetrics,
     StraceReport,
@@ -226,12 +227,6 @@ class OutputCall(Reply):
 OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
-class InputDetails(Reply):
-    """Of the prompt's tokens."""
-
-    cached_tokens: int = 0
-
-
 class OutputDetails(Reply):
     """Of the answer's tokens."""
 
@@ -242,7 +237,7 @@ class ResponseUsage(Reply):
     """Token counts."""
 
     input_tokens: int
-    input_tokens_details: InputDetails = InputDetails()
+    input_tokens_details: PromptDetails = PromptDetails()
     output_tokens: int
     output_tokens_details: OutputDetails = OutputDetails()
     total_tokens: int

@@ -15,6 +15,7 @@ from server.api import chat
 from server.api.errors import DOCUMENTED, ApiError, count, invalid
 from server.api.generation import Generation, event_stream, final_ran, report, request_metrics, while_connected
 from server.api.output import Answer, Call, Part, Reader, Thought
+from server.api.protocol import PromptDetails
 from server.api.response_types import (
     Event,
     Incomplete,
@@ -195,8 +196,12 @@ class Writer:
         status: Status = "in_progress" if last is None else _status(last)
         usage = None
         if ran is not None:
-            total = ran.prompt_tokens + ran.tokens
-            usage = ResponseUsage(input_tokens=ran.prompt_tokens, output_tokens=ran.tokens, total_tokens=total)
+            usage = ResponseUsage(
+                input_tokens=ran.prompt_tokens,
+                input_tokens_details=PromptDetails(cached_tokens=ran.cached_tokens),
+                output_tokens=ran.tokens,
+                total_tokens=ran.prompt_tokens + ran.tokens,
+            )
         return Response(
             id=self._id,
             created_at=self._created,

@@ -54,6 +54,7 @@ class Served:
 
     name: as requests call it; `name:CLASS` and `name:MODE` choose a class or mode by name alone. context: in tokens.
     classes: those that requests may name. mode: for requests that name none. max_queue: requests that may wait.
+    cache: tokens that the KV cache holds.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Served:
     mode: Mode = Mode.AUTO
     max_queue: int = 64
     max_draft: int = 8
+    cache: int = 0
     timeout: float | None = None
     calls: CallFormat | None = None
     thinks: bool = False

@@ -15,6 +15,8 @@ from server.metrics import Metrics, metric_names
 P = "strace_llm_"
 COUNTERS: dict[str, tuple[str, ...]] = {
     "prompt_tokens": (),
+    "prefix_tokens": ("outcome",),
+    "preemptions": (),
     "generation_tokens": ("mode", "class"),
     "requests": ("mode", "class", "finish_reason"),
     "request_errors": ("type",),
@@ -49,6 +51,8 @@ RAN = Ran(
     divergent=0.5,
     seconds=0.25,
     full_seconds=0.5,
+    cached_tokens=5,
+    preemptions=2,
 )
 TIMES = Times(submitted=10.0, admitted=10.5, updates=[11.0, 11.25, 12.0], finished=12.0)
 
@@ -88,6 +92,8 @@ def test_finished_request_is_counted() -> None:
     both = {"mode": "routed", "class": "code"}
     assert value(metrics, "requests_total", **both, finish_reason="length") == 1
     assert value(metrics, "prompt_tokens_total") == 7
+    assert [value(metrics, "prefix_tokens_total", outcome=outcome) for outcome in ("hit", "miss")] == [5, 2]
+    assert value(metrics, "preemptions_total") == 2
     assert value(metrics, "generation_tokens_total", **both) == 10
     assert value(metrics, "decode_seconds_total", **both) == 0.25
     assert value(metrics, "decode_full_equivalent_seconds_total", **both) == 0.5
@@ -123,6 +129,7 @@ def test_request_cancelled_while_it_waited() -> None:
     assert value(metrics, "requests_total", mode="exact", finish_reason="cancelled", **{"class": "pooled"}) == 1
     assert value(metrics, "time_to_first_token_seconds_count") == 0
     assert value(metrics, "request_queue_time_seconds_count") == 0
+    assert value(metrics, "prefix_tokens_total", outcome="miss") is None
 
 
 def test_gauges_follow_the_engine() -> None:

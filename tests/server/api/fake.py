@@ -109,6 +109,7 @@ def make_ran(request: Request) -> Ran:
         fallbacks=1,
         seconds=0.5,
         full_seconds=1.0,
+        cached_tokens=2,
     )
 
 

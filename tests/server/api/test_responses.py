@@ -28,6 +28,7 @@ def test_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
     assert (response.output_text, response.status, response.error) == (TEXT, "completed", None)
     assert response.usage is not None
     assert (response.usage.output_tokens, response.usage.total_tokens) == (3, 3 + response.usage.input_tokens)
+    assert response.usage.input_tokens_details.cached_tokens == 2
     request = engine.requests[-1]
     assert request.max_tokens == 9
     assert prompt(engine) == "system\nbe briefuser\nhiassistant\n"

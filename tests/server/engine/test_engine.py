@@ -13,9 +13,11 @@ from torch import Tensor
 from server.engine.engine import Engine, StepFailed
 from server.engine.observer import Step
 from server.engine.options import Options
-from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Update
+from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Unavailable, Update
 from server.engine.sequence import Times
+from strace.draft import Draft, DraftPlan
 from strace.kv import BLOCK, Batch
+from strace.native import NativeError
 from tests.server.engine.harness import (
     VOCABULARY,
     FixedCost,
@@ -243,18 +245,27 @@ def test_a_receiver_that_fails_gives_up_only_its_own() -> None:
 
 
 class Failing:
-    """A runner whose full pass number `when` fails."""
+    """A runner whose full pass, or draft, number `when` fails."""
 
-    def __init__(self, when: int) -> None:
-        self.inner, self.left = make_runner(), when
+    def __init__(self, when: int, error: Exception | None = None, drafting: bool = False) -> None:
+        self.inner, self.left, self.drafting = make_runner(), when, drafting
+        self.error = error or ValueError("no sense")
         self.cache = self.inner.cache
-        self.draft, self.process, self.verify = self.inner.draft, self.inner.process, self.inner.verify
+        self.process, self.verify = self.inner.process, self.inner.verify
+
+    def count(self, drafting: bool) -> None:
+        self.left -= drafting == self.drafting
+        if self.left == 0:
+            self.left = -1
+            raise self.error
 
     def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            raise ValueError("no sense")
+        self.count(drafting=False)
         return self.inner.forward(graph, batch, rows)
+
+    def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
+        self.count(drafting=True)
+        return self.inner.draft(graph, batch, plan)
 
 
 @pytest.mark.parametrize("when", [1, 3])
@@ -269,6 +280,37 @@ def test_a_failing_step_ends_its_requests_and_no_other(when: int) -> None:
         assert len(failed.errors) == 1
     assert got[2].outcome == decode(make_engine(), make_request(max_tokens=40, **SEEDED))[0].outcome
     assert engine.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        NativeError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+@pytest.mark.parametrize("drafting", [False, True])
+def test_out_of_memory_gives_up_the_younger_half(error: Exception, drafting: bool) -> None:
+    requests = [make_request([i], max_tokens=40, class_name="stranger", **SEEDED) for i in range(4)]
+    requests[0] = replace(requests[0], mode=Mode.ROUTED, threshold=0.0)
+    engine = make_engine(Options(draft_length=2), runner=Failing(3, error, drafting))
+    got = [submit(engine, request) for request in requests]
+    drain(engine)
+    assert [bool(g.errors) for g in got] == [False, False, True, True]
+    assert all(isinstance(g.errors[0], Unavailable) and len(g.errors) == 1 for g in got[2:])
+    assert got[1].outcome == decode(make_engine(), requests[1])[0].outcome
+    assert (len(got[0].ids), got[0].complaints) == (40, [])
+    assert engine.stats().blocks_used == 0
+
+
+def test_a_lone_text_without_memory_is_given_up_and_the_next_one_runs() -> None:
+    engine = make_engine(Options(max_running=1), runner=Failing(2, MemoryError()))
+    first, second = submit(engine, make_request()), submit(engine, make_request())
+    drain(engine)
+    assert isinstance(first.errors[0], Unavailable)
+    assert len(second.ids) == 16
 
 
 def test_one_text_that_cannot_be_settled_does_not_take_the_others() -> None:
