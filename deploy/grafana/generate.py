@@ -135,6 +135,28 @@ PANELS = [
         maximum=1,
     ),
     Panel(
+        "Guard by mode, class and batch",
+        "Realised speedup in paired blocks of drafting and plain full steps. Surely below 1, plain steps serve.",
+        {"{{mode}} {{class}} {{batch}}": "avg by (mode, class, batch) (strace_llm_guard_speedup_ratio)"},
+        "none",
+    ),
+    Panel(
+        "Age of the guard's baseline",
+        "Time since the last plain full step, by batch.",
+        {"batch {{batch}}": "max by (batch) (strace_llm_guard_baseline_age_seconds)"},
+        "s",
+    ),
+    Panel(
+        "Auditor by class",
+        "Evidence that routed text diverges by more than was promised: at 1 the class trips and is served exact. "
+        "Once it tripped, evidence of its recovery.",
+        {
+            "{{class}}": "max by (class) (strace_llm_auditor_evidence_ratio)",
+            "{{class}} tripped": "max by (class) (strace_llm_auditor_tripped)",
+        },
+        "none",
+    ),
+    Panel(
         "Tokens per second",
         "Generated tokens by mode, and prompt tokens.",
         {"{{mode}}": increase_rate(TOKENS, "mode"), "prompt": increase_rate("prompt_tokens_total")},

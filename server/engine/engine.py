@@ -20,16 +20,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from server.engine.auditor import Auditor
 from server.engine.blocks import BlockPool, blocks_for
 from server.engine.check import Limits, check
 from server.engine.cost import CostModel
 from server.engine.cycle import Cycle
 from server.engine.faults import lacks_memory
+from server.engine.guard import Guard
 from server.engine.observer import Nobody, Observer, Step
 from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Refused, Request, Unavailable
 from server.engine.scheduler import Plan, Scheduler
-from server.engine.sequence import Sequence, Times
+from server.engine.sequence import Sequence, Shadow, Times
 from server.engine.speculation import Speculation
 from server.engine.text import Text
 from server.engine.worker import Worker
@@ -98,6 +100,7 @@ class Engine:
         observer: Observer | None = None,
         options: Options | None = None,
         worker: Worker | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.options = options or Options()
         self.limits = limits
@@ -108,7 +111,9 @@ class Engine:
         self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
         always = self.options.draft_length is not None
         speculation = Speculation(cost, self.classes, self._stop_ids, always)
-        self.cycle = Cycle(runner, cost, speculation, self.options)
+        self.guard = guard or Guard(cost.table(FULL), active=not always)
+        self.auditor = Auditor()
+        self.cycle = Cycle(runner, cost, speculation, self.guard, self.options)
         self._chooser = chooser
         self._seeds = random.Random(self.options.seed) if self.options.seed is not None else random.SystemRandom()
         self._wake = threading.Condition()
@@ -146,6 +151,9 @@ class Engine:
         """
         check(request, self.limits, self._stop_ids, self.pool)
         mode, class_name, bypass = self._resolve(request)
+        tripped = self.auditor.tripped(class_name) if mode == Mode.ROUTED else None
+        if tripped is not None:
+            mode, bypass = Mode.EXACT, tripped
         seed = request.params.seed
         noise = Noise(seed, shared=True) if seed is not None else Noise(self._seeds.getrandbits(64), shared=False)
         sequence = Sequence(
@@ -158,6 +166,7 @@ class Engine:
             Times(time.monotonic()),
             self.options.threshold if request.threshold is None else request.threshold,
             torch.zeros(blocks_for(self.limits.context), dtype=torch.int64),
+            Shadow() if tripped is not None else None,
         )
         with self._wake:
             if self._stopping:
@@ -372,4 +381,16 @@ class Engine:
         ran = sequence.ran
         if ran.mode != Mode.FULL and not ran.drafts and ran.bypass is None:
             ran.bypass = "drafting did not pay"
+        if outcome != "error":  # which leaves tokens that no full pass has judged
+            self._audit(sequence)
         self.observer.on_finish(ran, sequence.times, outcome)
+
+    def _audit(self, sequence: Sequence) -> None:
+        """Tell the auditor of a request that was promised something: one with a threshold of its own was not."""
+        ran, shadow = sequence.ran, sequence.shadow
+        if sequence.request.threshold is not None:
+            return
+        if ran.mode == Mode.ROUTED and ran.tokens:
+            self.auditor.observe(ran.class_name, ran.divergent / ran.tokens, self.options.risk)
+        elif shadow is not None and shadow.judged:
+            self.auditor.observe_shadow(ran.class_name, shadow.divergent / shadow.judged, self.options.risk)

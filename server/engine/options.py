@@ -12,13 +12,15 @@ class Options:
     """What the operator decides.
 
     auto: the mode that `auto` stands for where there is a draft. threshold: least confidence of a token emitted
-    unverified. max_draft: most drafts held at once. run_limit: longest run of tokens emitted unverified. draft_length:
-    draw always so many drafts (for benchmarks). chunk: prompt tokens per step. prefix_cache: whether texts that begin
-    alike share blocks. seed: of the requests' own seeds (None: from the system).
+    unverified. risk: what `routed` promises, the mean divergence per request at most. max_draft: most drafts held at
+    once. run_limit: longest run of tokens emitted unverified. draft_length: draw always so many drafts, unguarded (for
+    benchmarks). chunk: prompt tokens per step. prefix_cache: whether texts that begin alike share blocks. seed: of the
+    requests' own seeds (None: from the system).
     """
 
     auto: Mode = Mode.EXACT
     threshold: float = 0.9
+    risk: float = 0.02
     max_draft: int = 8
     run_limit: int = 32
     draft_length: int | None = None

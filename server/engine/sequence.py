@@ -30,6 +30,15 @@ class Times:
     finished: float | None = None
 
 
+@dataclass
+class Shadow:
+    """What the gate would have done in a request that may not be routed. judged: drafts that followed the text as it
+    is; divergent: (expected) number of those that would have been emitted and are not the full model's choice."""
+
+    judged: int = 0
+    divergent: float = 0.0
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request and its text so far.
@@ -50,6 +59,7 @@ class Sequence:
     times: Times
     threshold: float
     table: Tensor
+    shadow: Shadow | None = None
     ids: list[int] = field(init=False)
     verified: int = 0
     blocks: list[int] = field(default_factory=list)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
+from server.engine.auditor import Auditor
+from server.engine.guard import Guard
 from server.engine.observer import Step
 from server.engine.request import Mode, Ran
 from server.engine.sequence import Times
@@ -37,6 +41,8 @@ HISTOGRAMS = [
     "request_queue_time_seconds",
 ]
 GAUGES = ["requests_running", "requests_waiting", "kv_cache_usage_ratio", "info"]
+VERDICTS = ["guard_state", "guard_speedup_ratio", "guard_baseline_age_seconds", "auditor_tripped"]
+GAUGES += [*VERDICTS, "auditor_evidence_ratio"]
 RAN = Ran(
     Mode.ROUTED,
     "code",
@@ -70,6 +76,20 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(P + name, labels)
 
 
+def judges() -> tuple[Guard, Auditor]:
+    """A guard that saw eight texts decoded twice as fast by drafts, and an auditor that saw one tripped class."""
+    guard, auditor = Guard(np.ones(9)), Auditor()
+    key = (Mode.EXACT, "code")
+    for _ in range(100):
+        turn = guard.turn([key], 8, measurable=True)
+        if turn.allows(key):
+            turn.drafted[key], turn.drafting["code"] = 8, 0.1
+        guard.book(turn, 1.0, Counter({key: 8 * turn.allows(key)}))
+    for _ in range(20):
+        auditor.observe("code", 1.0, 0.02)
+    return guard, auditor
+
+
 def test_names() -> None:
     expected = {f"{P}{name}_total" for name in COUNTERS} | {P + name for name in GAUGES}
     expected |= {f"{P}{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
@@ -82,6 +102,7 @@ def test_everything_exposed_is_named() -> None:
     metrics.on_finish(RAN, TIMES, "stop")
     metrics.errors.labels("server_error").inc()
     metrics.info.labels("1", "m", "bf16", "cpu").set(1)
+    metrics.watch_judges(*judges())
     shown = {s.name for family in metrics.registry.collect() for s in family.samples if not s.name.endswith("_created")}
     assert shown == metric_names()
 
@@ -137,6 +158,17 @@ def test_gauges_follow_the_engine() -> None:
     metrics.watch(Now)
     shown = [value(metrics, name) for name in ("requests_running", "requests_waiting", "kv_cache_usage_ratio")]
     assert shown == [2, 3, 0.25]
+
+
+def test_verdicts_are_shown() -> None:
+    metrics = Metrics()
+    metrics.watch_judges(*judges())
+    labels = {"mode": "exact", "class": "code", "batch": "8"}
+    assert value(metrics, "guard_state", **labels) == 1
+    assert value(metrics, "guard_speedup_ratio", **labels) == pytest.approx(2)
+    assert 0 <= (value(metrics, "guard_baseline_age_seconds", batch="8") or 0) < 60
+    assert value(metrics, "auditor_tripped", **{"class": "code"}) == 1
+    assert 0 < (value(metrics, "auditor_evidence_ratio", **{"class": "code"}) or 0) < 1
 
 
 def test_two_servers_share_nothing() -> None:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from server.engine.check import Limits
 from server.engine.cost import CostModel
 from server.engine.engine import Engine, Handle
+from server.engine.guard import Guard
 from server.engine.logprobs import TokenLogprob
 from server.engine.observer import Observer
 from server.engine.options import Options
@@ -57,7 +58,9 @@ def make_engine(
     runner: Runner | None = None,
     drafts: Iterable[str] = ("pooled", "lame", "stranger"),
     observer: Observer | None = None,
+    guard: Guard | None = None,
 ) -> Engine:
+    """By default no guard: what it decides depends on the time that passes."""
     return Engine(
         runner or make_runner(blocks),
         make_tokenizer().backend_tokenizer,
@@ -67,6 +70,7 @@ def make_engine(
         cost=cost or FixedCost(),
         observer=observer,
         options=options or Options(seed=0),
+        guard=guard or Guard(FixedCost().table(FULL), active=False),
     )
 
 

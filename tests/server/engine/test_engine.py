@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine import guard
 from server.engine.engine import Engine, StepFailed
 from server.engine.observer import Step
 from server.engine.options import Options
@@ -18,6 +19,7 @@ from server.engine.sequence import Times
 from strace.draft import Draft, DraftPlan
 from strace.kv import BLOCK, Batch
 from strace.native import NativeError
+from strace.runner import FULL
 from tests.server.engine.harness import (
     VOCABULARY,
     FixedCost,
@@ -365,8 +367,9 @@ def test_drafts_only_where_they_pay(c: float, v8: float, drafts: bool) -> None:
     assert got.ran.bypass == (None if drafts else "drafting did not pay")
 
 
-def test_a_pessimistic_table_recovers() -> None:
-    engine = make_engine()
+def test_a_pessimistic_table_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PROBE_SHARE", 0.5)
+    engine = make_engine(guard=guard.Guard(FixedCost().table(FULL)))
     for _ in range(1000):
         engine.speculation.calibrations["pooled"].judge(0.05, 0.0)
     got = decode(engine, make_request(max_tokens=200))[0]
