@@ -200,9 +200,7 @@ class Guard:
         else:
             bucket.book_plain(turn.keys, expected, seconds)
 
-    def _book_drafting(
-        self, bucket: Bucket, turn: Turn, seconds: float, expected: float, gained: Counter[Key]
-    ) -> None:
+    def _book_drafting(self, bucket: Bucket, turn: Turn, seconds: float, expected: float, gained: Counter[Key]) -> None:
         """Each key gets its class's drafting time and, by its drafted tokens, of the rest of the step."""
         by_class = Counter[str]()
         for (_, name), tokens in turn.drafted.items():
