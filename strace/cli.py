@@ -36,7 +36,7 @@ from strace.linear import FORMATS as FULL_FORMATS
 from strace.paper import app as paper
 from strace.runner import FULL
 from strace.subgraph import Manifest, find_subgraphs, read_manifest
-from strace.trace import Options, trace
+from strace.trace import AUTO, Options, trace
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 app.add_typer(paper)
@@ -52,8 +52,12 @@ def trace_command(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of CLASS.jsonl (text or prompt, optional source) or CLASS.txt. Default: those shipped."
+            help="JSONL file (text, prompt or messages; class; optional source), text file, or folder with a file or "
+            "folder for each class. Default: those shipped."
         ),
+    ] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Class of prompts that name none, in a JSONL or text file.")
     ] = None,
     size: Annotated[
         float | None,
@@ -62,8 +66,14 @@ def trace_command(
         ),
     ] = None,
     classes: Annotated[
-        str, typer.Option(help="Only these classes, separated by commas; `pooled` is then of them alone.")
+        str,
+        typer.Option(
+            help="Only these, separated by commas; `pooled` is then of them alone. `auto`: find them in --prompts."
+        ),
     ] = "",
+    clusters: Annotated[
+        int | None, typer.Option(help="How many classes `--classes auto` finds. Default: as many as part best.", min=2)
+    ] = None,
     format: Annotated[str, typer.Option(help="Format of every matrix: int4, int8 or bf16.")] = "int4",
     seed: Annotated[int, typer.Option(help="Of the split, the order of texts and the draft blocks.", min=0)] = 0,
     units: Annotated[str, typer.Option(help=f"How units are scored: {', '.join(UNITS)}.")] = "refit",
@@ -83,6 +93,10 @@ def trace_command(
 
         strace-llm trace ./my-model --prompts my-prompts -o subgraphs --size 0.2 --classes code,math
 
+        strace-llm trace ./my-model --prompts labelled.jsonl -o subgraphs
+
+        strace-llm trace ./my-model --prompts log.jsonl --classes auto -o subgraphs
+
     Exit code 1: the model or the prompts cannot be used; 2: an option has no such value. The message says why.
     """
     if format not in FORMATS:
@@ -95,15 +109,13 @@ def trace_command(
     if size is not None and not 0 < size <= 1:
         fail(f"--size {size} is not a share between 0 and 1", WRONG_USAGE)
     chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
-    options = Options(model, output, prompts, size, chosen, format, seed, units, runner, distill)
+    if clusters is not None and chosen != AUTO:
+        fail("--clusters is for --classes auto", WRONG_USAGE)
+    options = Options(model, output, prompts, size, chosen, format, seed, units, runner, distill, class_name, clusters)
     console = Console(soft_wrap=True)
-    with told(), console.status("tracing") as status:
-
-        def say(line: str) -> None:
-            status.update(line)
-            console.print(Text(line))
-
-        trace(options, say)
+    with told(), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tracing", total=1.0)
+        trace(options, lambda line: console.print(Text(line)), lambda share: bar.update(task, completed=share))
     console.print(Text(f"subgraphs in {output}; next: strace-llm serve {model} --subgraphs {output}"))
 
 

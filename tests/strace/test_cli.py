@@ -71,7 +71,7 @@ def test_bars_are_as_high_as_the_share_that_is_kept(folder: Path) -> None:
     ("args", "code", "message"),
     [
         (["trace", "nowhere", "-o", "OUT"], 1, "nowhere"),
-        (["trace", "MODEL", "-o", "OUT", "--prompts", "none"], 1, "no prompt folder none"),
+        (["trace", "MODEL", "-o", "OUT", "--prompts", "none"], 1, "no prompts at none"),
         (
             ["trace", "MODEL", "-o", "OUT", "--format", "int3"],
             2,
