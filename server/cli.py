@@ -98,6 +98,8 @@ def serve(
     prefix_cache: Annotated[bool | None, setting("prefix_cache", "--prefix-cache/--no-prefix-cache")] = None,
     max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
     request_timeout: Annotated[float | None, setting("request_timeout")] = None,
+    step_timeout: Annotated[float | None, setting("step_timeout")] = None,
+    drain_timeout: Annotated[float | None, setting("drain_timeout")] = None,
     api_key_file: Annotated[Path | None, setting("api_key_file")] = None,
     cors_origins: Annotated[list[str] | None, setting("cors_origins", "--cors-origin")] = None,
     tls_certificate: Annotated[Path | None, setting("tls_certificate")] = None,

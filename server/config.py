@@ -56,6 +56,9 @@ class ServeConfig(EngineConfig):
     api_key_file: Path | None = Field(None, description="file with more such keys, one per line")
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="largest request body")
     request_timeout: float | None = Field(None, gt=0, description="seconds until a request is given up; default: none")
+    step_timeout: float = Field(300, gt=0, description="seconds of one step after which the process gives up and exits")
+    # Kubernetes kills 30 seconds after SIGTERM.
+    drain_timeout: float = Field(25, ge=0, description="seconds that requests get to finish after SIGTERM")
     cors_origins: tuple[str, ...] = Field((), description="origins whose web pages may ask; * for any")
     tls_certificate: Path | None = Field(None, description="PEM file; with --tls-key serves HTTPS")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key")

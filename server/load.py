@@ -10,10 +10,12 @@ import torch
 from server.api.output import CALL_FORMATS, THINK, find_call_format
 from server.api.served import Served
 from server.config import EngineConfig, ServeConfig
-from server.engine.build import Placement, build_engine
+from server.engine.build import Placement, build_engine, reload_drafts
+from server.engine.engine import Engine
 from server.engine.options import Options
 from server.engine.worker import Worker
 from server.metrics import Metrics
+from strace.checkpoint import Checkpoint
 from strace.graphs import choose_dtype
 from strace.kv import BLOCK
 
@@ -28,15 +30,12 @@ def load_served(config: EngineConfig) -> Served:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not available on this machine")
     metrics = Metrics()
-    placement = Placement(
-        config.device, config.dtype, config.context, None, config.kv_memory, config.runner, config.compile
-    )
     worker = Worker()
     build = partial(
         build_engine,
         config.model,
         config.subgraphs,
-        placement=placement,
+        placement=_place(config),
         options=Options(max_waiting=config.max_queue, prefix_cache=config.prefix_cache),
         observer=metrics,
         worker=worker,
@@ -63,4 +62,16 @@ def load_served(config: EngineConfig) -> Served:
         timeout=config.request_timeout if isinstance(config, ServeConfig) else None,
         calls=find_call_format(template) if auto else CALL_FORMATS.get(config.tool_parser),
         thinks=config.reasoning_parser == "think" or (config.reasoning_parser == "auto" and THINK in template),
+        reload=partial(_reload, engine, checkpoint, config),
     )
+
+
+def _place(config: EngineConfig) -> Placement:
+    """Where and how the configured model runs."""
+    return Placement(config.device, config.dtype, config.context, None, config.kv_memory, config.runner, config.compile)
+
+
+def _reload(engine: Engine, checkpoint: Checkpoint, config: EngineConfig) -> tuple[str, ...]:
+    """See `Served.reload`."""
+    reload_drafts(engine, checkpoint, config.subgraphs, _place(config)).result()
+    return (*engine.classes, *engine.unpaying)

@@ -30,7 +30,7 @@ from server.engine.request import Ran, Request, Update
 from server.metrics import Metrics
 
 T = TypeVar("T")
-DRAIN_SECONDS = 10
+SEND_SECONDS = 5  # for what was generated before the server stopped to reach its readers
 
 
 class ClientGone(Exception):
@@ -160,7 +160,7 @@ def event_stream(
         background=BackgroundTask(generation.cancel),
         # Streams may end on their own when the server is told to stop.
         shutdown_event=anyio.Event(),
-        shutdown_grace_period=DRAIN_SECONDS,
+        shutdown_grace_period=SEND_SECONDS,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -54,7 +55,8 @@ class Served:
 
     name: as requests call it; `name:CLASS` and `name:MODE` choose a class or mode by name alone. context: in tokens.
     classes: those that requests may name. mode: for requests that name none. max_queue: requests that may wait.
-    cache: tokens that the KV cache holds.
+    cache: tokens that the KV cache holds. reload: reads the subgraphs again and gives the classes that there are then;
+    it raises if that cannot be done, and nothing has changed.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Served:
     timeout: float | None = None
     calls: CallFormat | None = None
     thinks: bool = False
+    reload: Callable[[], tuple[str, ...]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

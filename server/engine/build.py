@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from server.engine.check import Limits
-from server.engine.cost import measure_start
-from server.engine.engine import Chooser, Engine
+from server.engine.cost import make_model, measure_start
+from server.engine.engine import Chooser, Drafts, Engine
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
 from strace.checkpoint import BadCheckpoint, Checkpoint, load_decoder, open_checkpoint
+from strace.classes import POOLED
 from strace.classifier import Classifier
+from strace.costs import describe_setting, load_table
 from strace.decoder import Decoder
 from strace.graphs import choose_dtype, choose_folder, load_drafts, make_runner
 from strace.kv import BLOCK, block_bytes
@@ -86,6 +89,51 @@ def build_engine(
         worker=worker,
     )
     return engine, checkpoint
+
+
+def reload_drafts(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    subgraphs: Path | None = None,
+    placement: Placement | None = None,
+    trust_remote_code: bool = False,
+) -> Future[None]:
+    """Read the subgraphs again and let a built engine draft with them; done once it does. The arguments are those that
+    it was built from. To be called in a thread of its own: decoding goes on meanwhile.
+
+    A runner that keeps its weights in a form of its own gets the full model anew with them, so that for a while there
+    are two.
+
+    Raises:
+        BadCheckpoint: the full model itself has changed.
+        And what `build_engine` raises; the engine then keeps what it has.
+    """
+    where, old = placement or Placement(), engine.runner
+    again = open_checkpoint(checkpoint.model, where.context, trust_remote_code)
+    if again.weight_hash != checkpoint.weight_hash:
+        raise BadCheckpoint(
+            f"the weights of model {checkpoint.model!r} have changed; start the server anew to serve them"
+        )
+    full = old.graphs[FULL]
+    if full.embed.is_meta:
+        full = load_decoder(again, choose_dtype(where.device, where.dtype), where.device, where.max_memory)
+    folder = choose_folder(checkpoint.model, subgraphs)
+    drafts = load_drafts(again, full, folder)
+    runner = make_runner(
+        {FULL: full, **drafts}, old.cache, "native" if old.name == "native" else "torch", where.compile
+    )
+    pooled = old.graphs[POOLED].bytes_per_step
+    cost = engine.cost.estimate({name: graph.bytes_per_step / pooled for name, graph in drafts.items()})
+    table = load_table(describe_setting(runner, checkpoint.weight_hash))
+    return engine.swap(
+        Drafts(
+            runner,
+            tuple(drafts),
+            cost if table is None else make_model(table.costs),
+            None if folder is None else Classifier.load(folder, again.tokenizer_hash),
+            {} if folder is None else list_unpaying(folder),
+        )
+    )
 
 
 def count_blocks(full: Decoder, kv_memory: int | None, max_running: int) -> int:

@@ -54,6 +54,18 @@ class Chooser(Protocol):
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """What an engine drafts with: a runner over the engine's cache with the same full model, its graphs that can draft,
+    what they cost, and the rest as `Engine` takes it."""
+
+    runner: Runner
+    classes: tuple[str, ...]
+    cost: CostModel
+    chooser: Chooser | None
+    unpaying: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Stats:
     """The engine at one moment; blocks are those of the KV cache."""
 
@@ -109,19 +121,24 @@ class Engine:
         self.observer: Observer = observer or Nobody()
         self.scheduler = Scheduler(BlockPool(runner.cache.blocks), self.options)
         self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
-        always = self.options.draft_length is not None
-        speculation = Speculation(cost, self.classes, self._stop_ids, always)
-        self.guard = guard or Guard(cost.table(FULL), active=not always)
+        self.guard = guard or Guard(cost.table(FULL), active=self.options.draft_length is None)
         self.auditor = Auditor()
-        self.cycle = Cycle(runner, cost, speculation, self.guard, self.options)
+        self.cycle = self._make_cycle(runner, cost)
         self._chooser = chooser
         self._seeds = random.Random(self.options.seed) if self.options.seed is not None else random.SystemRandom()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._draining = self._abandoned = False
+        self._next: tuple[Drafts, Future[None]] | None = None
+        self._busy_since: float | None = None
         self._worker = worker or Worker()
         self._loop_done: Future[None] | None = None
         self._marked: float | None = None
         self._proven = False
+
+    def _make_cycle(self, runner: Runner, cost: CostModel) -> Cycle:
+        always = self.options.draft_length is not None
+        speculation = Speculation(cost, self.classes, self._stop_ids, always)
+        return Cycle(runner, cost, speculation, self.guard, self.options)
 
     @property
     def runner(self) -> Runner:
@@ -171,6 +188,9 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise Unavailable("the engine is stopping")
+            if self._draining:
+                raise Unavailable("the server is shutting down")
+            self._adapt(sequence)
             self.scheduler.add(sequence)
             self._wake.notify()
         return Handle(self, sequence)
@@ -185,6 +205,11 @@ class Engine:
         """Start the loop in the worker's thread."""
         self._loop_done = self._worker.submit(self._loop)
 
+    def drain(self) -> None:
+        """Take no more requests; those there are go on."""
+        with self._wake:
+            self._draining = True
+
     def stop(self) -> None:
         """Let the step in progress end, fail what is left, and wait for the loop to end."""
         with self._wake:
@@ -192,13 +217,46 @@ class Engine:
             self._wake.notify()
         if self._loop_done is None:
             self._close()
-        else:
+        elif not self._abandoned:
             wait([self._loop_done])
+
+    def abandon(self, reason: str) -> None:
+        """Fail what there is, and take no more requests, without the engine's thread, which is stuck or gone: whatever
+        it still does reaches nobody."""
+        self._abandoned = True
+        self._close(reason)
+
+    def swap(self, drafts: Drafts) -> Future[None]:
+        """Draft with others from the next step on. What runs goes on; a text whose class is gone, with `pooled`."""
+        done: Future[None] = Future()
+        with self._wake:
+            self._next = drafts, done
+            self._wake.notify()
+        return done
 
     @property
     def running(self) -> bool:
         """Whether requests are taken and worked on."""
-        return self._loop_done is not None and not self._loop_done.done() and not self._stopping
+        working = self._loop_done is not None and not self._loop_done.done()
+        return working and not (self._stopping or self._draining)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the step in progress has taken; 0 while there is none."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def death(self) -> str | None:
+        """Why its thread has ended without being told to, if it has."""
+        if self._loop_done is None or not self._loop_done.done() or (error := self._loop_done.exception()) is None:
+            return None
+        return f"{type(error).__name__}: {error}"
 
     @property
     def ready(self) -> bool:
@@ -235,18 +293,24 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            self._busy_since = time.monotonic()
             self._prove()
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._stopping or self.scheduler.waiting or self.scheduler.running)
-                    if self._stopping:
-                        return
+            while self._await_work():
                 self.step()
         except BaseException:
             logger.exception("the engine's loop died")
             raise
         finally:
+            self._busy_since = None
             self._close()
+
+    def _await_work(self) -> bool:
+        """Wait for something to do; False if it is to stop."""
+        self._busy_since = None
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._next or not self.idle)
+        self._busy_since = time.monotonic()
+        return not self._stopping
 
     @torch.inference_mode()
     def _prove(self) -> None:
@@ -263,35 +327,56 @@ class Engine:
             raise RuntimeError("the model's logits are not finite")
         self._proven = True
 
-    def _close(self) -> None:
+    def _close(self, reason: str = "the engine was stopped") -> None:
         """Take no more requests, and end those there are: nobody shall wait for a thread that is gone."""
         with self._wake:
             self._stopping = True
             left = [*self.scheduler.running, *self.scheduler.waiting]
-        self._end(left, Unavailable("the engine was stopped"))
+        self._end(left, Unavailable(reason))
 
     @torch.inference_mode()
     def step(self) -> None:
         """One turn. A failure ends the requests it struck, with an error delivered to each, and no other."""
+        self._take_drafts()
         with self._wake:
             given_up = self.scheduler.cancelled()
         for sequence in given_up:
             self._release(sequence, "cancelled")
-        with self._wake:
-            self.scheduler.admit()
-        if self.scheduler.running:
-            self._marked = self._marked or time.perf_counter()
-            struck = list(self.scheduler.running)
-            try:
-                with self._wake:
-                    plan = self.scheduler.plan()
-                struck = plan.sequences
+        struck = list(self.scheduler.running)
+        try:
+            with self._wake:
+                self.scheduler.admit()
+                plan = self.scheduler.plan()
+            struck = plan.sequences
+            if struck:
+                self._marked = self._marked or time.perf_counter()
                 self._decode(plan)
-            except Exception as error:
-                logger.exception("a step failed; its %d requests are given up", len(struck))
-                self._fail(struck, error)
+        except Exception as error:
+            logger.exception("a step failed; its %d requests are given up", len(struck))
+            self._fail(struck, error)
         if not self.scheduler.running:
             self._marked = None
+
+    def _take_drafts(self) -> None:
+        """Take over what `swap` brought."""
+        with self._wake:
+            if self._next is None:
+                return
+            (drafts, done), self._next = self._next, None
+            self.classes, self.unpaying, self._chooser = drafts.classes, dict(drafts.unpaying), drafts.chooser
+            self.guard.forget()
+            self.cycle = self._make_cycle(drafts.runner, drafts.cost)
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+                self._adapt(sequence)
+        done.set_result(None)
+
+    def _adapt(self, sequence: Sequence) -> None:
+        """Let a text whose class is gone go on with `pooled`, or without drafts: verified in any case, for nothing was
+        promised of `pooled` when it began."""
+        ran = sequence.ran
+        if ran.class_name not in self.classes:
+            ran.class_name, sequence.shadow = POOLED, None
+            ran.mode = Mode.FULL if not self.classes or ran.mode == Mode.FULL else Mode.EXACT
 
     def _decode(self, plan: Plan) -> None:
         before = {s: s.ran.tokens for s in plan.sequences}

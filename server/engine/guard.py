@@ -212,6 +212,10 @@ class Guard:
                 own = turn.drafting[key[1]] * tokens / by_class[key[1]]
                 bucket.tracks[key].book_drafting(expected, own + rest * share, gained[key] / turn.batch, share)
 
+    def forget(self) -> None:
+        """Judge anew: the drafts are others now. Between steps."""
+        self._buckets = {}
+
     def full_step(self, batch: int) -> float | None:
         """Seconds of a plain full step as lately measured at about this batch size, if it was."""
         bucket = self._buckets.get(_size(batch))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from server.engine import guard
-from server.engine.engine import Engine, StepFailed
+from server.engine.engine import Drafts, Engine, StepFailed
 from server.engine.observer import Step
 from server.engine.options import Options
 from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Unavailable, Update
 from server.engine.sequence import Times
 from strace.draft import Draft, DraftPlan
+from strace.graphs import make_runner as run_graphs
 from strace.kv import BLOCK, Batch
 from strace.native import NativeError
 from strace.runner import FULL
@@ -26,6 +27,7 @@ from tests.server.engine.harness import (
     Got,
     decode,
     drain,
+    graphs,
     make_engine,
     make_request,
     make_runner,
@@ -392,6 +394,50 @@ def test_a_thread_that_dies_leaves_nobody_waiting() -> None:
     wait([engine._loop_done], 60)
     assert not engine.running
     assert str(second.errors[0]).endswith("the engine was stopped")
+
+
+def test_draining_takes_no_more_and_finishes_what_there_is() -> None:
+    engine = make_engine(Options(max_running=1))
+    got = [submit(engine, make_request()) for _ in range(2)]
+    engine.step()
+    engine.drain()
+    with pytest.raises(Unavailable, match="shutting down"):
+        submit(engine, make_request())
+    assert not engine.idle
+    drain(engine)
+    assert engine.idle
+    assert [len(g.ids) for g in got] == [16, 16]
+
+
+def test_other_drafts_between_steps() -> None:
+    """A text whose class stays goes on with it, one whose class is gone with `pooled`, and neither's words change."""
+    requests = [make_request([i], max_tokens=60, class_name=c, **SEEDED) for i, c in enumerate(("lame", "stranger"))]
+    engine = make_engine(Options(draft_length=3, max_running=1))
+    got = [submit(engine, request) for request in requests]
+    for _ in range(4):
+        engine.step()
+    others = {name: graphs()[name] for name in (FULL, "pooled", "lame")}
+    done = engine.swap(
+        Drafts(run_graphs(others, engine.runner.cache, "torch"), ("pooled", "lame"), FixedCost(), None, {})
+    )
+    assert not done.done()
+    drain(engine)
+    assert done.done()
+    assert engine.classes == ("pooled", "lame")
+    assert [g.ran.class_name for g in got] == ["lame", "pooled"]
+    expected = decode(make_engine(), *requests)
+    assert [g.outcome for g in got] == [g.outcome for g in expected]
+    with pytest.raises(Refused, match="unknown class 'stranger'"):
+        submit(engine, requests[1])
+
+
+def test_no_drafts_at_all_between_steps() -> None:
+    engine = make_engine(Options(draft_length=3))
+    got = submit(engine, make_request(max_tokens=60, **SEEDED))
+    engine.step()
+    engine.swap(Drafts(run_graphs({FULL: graphs()[FULL]}, engine.runner.cache, "torch"), (), FixedCost(), None, {}))
+    drain(engine)
+    assert got.outcome == decode(make_engine(), make_request(max_tokens=60, **SEEDED))[0].outcome
 
 
 def test_multi_byte_text_comes_in_whole_characters() -> None:
