@@ -39,6 +39,9 @@ class EngineConfig(BaseSettings):
     reasoning_parser: ReasoningParser = Field(
         "auto", description="marks of the model's thoughts; auto: think, if its chat template has <think>"
     )
+    risk: float | None = Field(
+        None, gt=0, lt=1, description="auto runs routed where this mean divergence is certified; default: exact"
+    )
     max_queue: int = Field(64, ge=1, description="requests that may wait before new ones are refused with 429")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
@@ -13,11 +14,18 @@ from server.config import EngineConfig, ServeConfig
 from server.engine.build import Placement, build_engine, reload_drafts
 from server.engine.engine import Engine
 from server.engine.options import Options
+from server.engine.request import Mode
 from server.engine.worker import Worker
 from server.metrics import Metrics
 from strace.checkpoint import Checkpoint
 from strace.graphs import choose_dtype
 from strace.kv import BLOCK
+
+
+def make_options(config: EngineConfig) -> Options:
+    """The engine's settings: `auto` is exact unless the operator allows a risk."""
+    options = Options(max_waiting=config.max_queue, prefix_cache=config.prefix_cache)
+    return options if config.risk is None else replace(options, auto=Mode.ROUTED, risk=config.risk)
 
 
 def load_served(config: EngineConfig) -> Served:
@@ -36,7 +44,7 @@ def load_served(config: EngineConfig) -> Served:
         config.model,
         config.subgraphs,
         placement=_place(config),
-        options=Options(max_waiting=config.max_queue, prefix_cache=config.prefix_cache),
+        options=make_options(config),
         observer=metrics,
         worker=worker,
     )

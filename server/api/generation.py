@@ -215,6 +215,7 @@ def report(ran: Ran) -> StraceReport:
         unverified=ran.unverified,
         divergent=ran.divergent,
         realised_speedup=ran.speedup,
+        risk=ran.risk,
         bypass=ran.bypass,
     )
 

@@ -68,10 +68,25 @@ class StraceOptions(Body):
     mode: ModeName | None = Field(None, description="exact, routed, full or auto")
     class_name: str | None = Field(None, alias="class", description="prompt class whose subgraph drafts")
     threshold: float | None = Field(
-        None, ge=0, le=1, description="routed: confidence from which a token is emitted unverified"
+        None, ge=0, le=1, description="routed: confidence from which a token is emitted unverified; promises nothing"
+    )
+    risk: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="routed: most mean divergence, kept with 95 % confidence; exact where not certified",
     )
     max_draft: int | None = Field(None, ge=0, description="most tokens drafted before a full pass; 0: none")
     metrics: bool = Field(False, description="whether the response has `metrics.speculative_decoding`, as vLLM's has")
+
+    @model_validator(mode="after")
+    def check_risk(self) -> StraceOptions:
+        """A risk that nothing looks at would be a promise that nobody keeps."""
+        if self.risk is not None and self.threshold is not None:
+            raise PydanticCustomError("risk", "not with `threshold`, which promises none", {"field": "risk"})
+        if self.risk is not None and self.mode in ("exact", "full"):
+            raise PydanticCustomError("risk", "only with the mode `routed`", {"field": "risk"})
+        return self
 
 
 class TextPart(Body):
@@ -324,7 +339,8 @@ class StraceReport(Reply):
         description="unverified tokens other than the full model's choice, their expected number if sampled"
     )
     realised_speedup: float | None = Field(description="the full model's time for these tokens / time taken")
-    bypass: str | None = Field(description="why nothing was drafted, if nothing was")
+    risk: float | None = Field(description="the mean divergence promised, if one is")
+    bypass: str | None = Field(description="why the mode asked for, or drafting, was done without")
 
 
 class SpeculativeDecoding(Reply):

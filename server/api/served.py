@@ -105,7 +105,9 @@ class Served:
         if class_name is not None and class_name not in self.classes:
             known = ", ".join(self.classes) or "none"
             raise invalid(f"unknown class {class_name!r}; known: {known}", "strace.class")
-        return Mode(mode or self.mode), class_name
+        # Who names a risk asks for what is routed at it.
+        default = self.mode if options.risk is None else Mode.ROUTED
+        return Mode(mode or default), class_name
 
     def write_chat(self, messages: list[Message], generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as the model's chat template writes it, ready for the answer. variables: the template's."""
@@ -196,6 +198,7 @@ class Served:
             mode=mode,
             class_name=class_name,
             threshold=body.strace.threshold,
+            risk=body.strace.risk,
             max_draft=body.strace.max_draft,
             stop_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,

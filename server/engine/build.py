@@ -15,6 +15,7 @@ from server.engine.engine import Chooser, Drafts, Engine
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
+from strace.certificate import Setting, load_certificates
 from strace.checkpoint import BadCheckpoint, Checkpoint, load_decoder, open_checkpoint
 from strace.classes import POOLED
 from strace.classifier import Classifier
@@ -66,7 +67,8 @@ def build_engine(
     """
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
-    full = load_decoder(checkpoint, choose_dtype(where.device, where.dtype), where.device, where.max_memory)
+    dtype = choose_dtype(where.device, where.dtype)
+    full = load_decoder(checkpoint, dtype, where.device, where.max_memory)
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
     chooser: Chooser | None = None if folder is None else Classifier.load(folder, checkpoint.tokenizer_hash)
@@ -75,6 +77,7 @@ def build_engine(
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
     blocks = count_blocks(full, where.kv_memory, options.max_running)
     runner = make_runner({FULL: full, **drafts}, blocks, where.runner, where.compile)
+    certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype))
     engine = Engine(
         runner,
         tokenizer,
@@ -87,6 +90,7 @@ def build_engine(
         observer=observer,
         options=options,
         worker=worker,
+        certificates=certificates,
     )
     return engine, checkpoint
 
@@ -114,9 +118,9 @@ def reload_drafts(
         raise BadCheckpoint(
             f"the weights of model {checkpoint.model!r} have changed; start the server anew to serve them"
         )
-    full = old.graphs[FULL]
+    full, dtype = old.graphs[FULL], choose_dtype(where.device, where.dtype)
     if full.embed.is_meta:
-        full = load_decoder(again, choose_dtype(where.device, where.dtype), where.device, where.max_memory)
+        full = load_decoder(again, dtype, where.device, where.max_memory)
     folder = choose_folder(checkpoint.model, subgraphs)
     drafts = load_drafts(again, full, folder)
     runner = make_runner(
@@ -132,6 +136,7 @@ def reload_drafts(
             cost if table is None else make_model(table.costs),
             None if folder is None else Classifier.load(folder, again.tokenizer_hash),
             {} if folder is None else list_unpaying(folder),
+            {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype)),
         )
     )
 

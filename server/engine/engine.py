@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -30,11 +30,13 @@ from server.engine.guard import Guard
 from server.engine.observer import Nobody, Observer, Step
 from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Refused, Request, Unavailable
+from server.engine.risk import Gate, Promises
 from server.engine.scheduler import Plan, Scheduler
 from server.engine.sequence import Sequence, Shadow, Times
 from server.engine.speculation import Speculation
 from server.engine.text import Text
 from server.engine.worker import Worker
+from strace.certificate import Certificate
 from strace.classes import POOLED
 from strace.kv import Batch
 from strace.runner import FULL, Runner
@@ -63,6 +65,7 @@ class Drafts:
     cost: CostModel
     chooser: Chooser | None
     unpaying: Mapping[str, str]
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Engine:
         options: Options | None = None,
         worker: Worker | None = None,
         guard: Guard | None = None,
+        certificates: Mapping[str, Certificate] | None = None,
     ) -> None:
         self.options = options or Options()
         self.limits = limits
@@ -125,6 +129,7 @@ class Engine:
         self.auditor = Auditor()
         self.cycle = self._make_cycle(runner, cost)
         self._chooser = chooser
+        self._promises = Promises(certificates or {}, self.options.risk)
         self._seeds = random.Random(self.options.seed) if self.options.seed is not None else random.SystemRandom()
         self._wake = threading.Condition()
         self._stopping = self._draining = self._abandoned = False
@@ -167,7 +172,7 @@ class Engine:
             Unavailable: if no requests are taken any more.
         """
         check(request, self.limits, self._stop_ids, self.pool)
-        mode, class_name, bypass = self._resolve(request)
+        mode, class_name, gate, bypass = self._resolve(request)
         tripped = self.auditor.tripped(class_name) if mode == Mode.ROUTED else None
         if tripped is not None:
             mode, bypass = Mode.EXACT, tripped
@@ -178,10 +183,10 @@ class Engine:
             noise,
             Text(self._tokenizer, request.prompt, request.stop, request.specials),
             (frozenset() if request.ignore_eos else self._stop_ids) | frozenset(request.stop_ids),
-            Ran(mode, class_name, len(request.prompt), bypass=bypass),
+            Ran(mode, class_name, len(request.prompt), bypass=bypass, risk=None if tripped else gate.risk),
             deliver,
             Times(time.monotonic()),
-            self.options.threshold if request.threshold is None else request.threshold,
+            gate,
             torch.zeros(blocks_for(self.limits.context), dtype=torch.int64),
             Shadow() if tripped is not None else None,
         )
@@ -267,8 +272,13 @@ class Engine:
         """How busy the engine is right now."""
         return Stats(len(self.scheduler.running), len(self.scheduler.waiting), self.pool.used, self.pool.total)
 
-    def _resolve(self, request: Request) -> tuple[Mode, str, str | None]:
-        """Mode and class that a request runs with, and why without drafts or without its class's own, if so."""
+    def choose(self, prompt: list[int]) -> str:
+        """The class whose subgraph drafts for a prompt that names none."""
+        chosen = self._chooser.choose(prompt) if self._chooser else POOLED
+        return chosen if chosen in self.classes else POOLED
+
+    def _resolve(self, request: Request) -> tuple[Mode, str, Gate, str | None]:
+        """Mode, class and gate that a request runs with, and why it does without what it asked for, if so."""
         name, passed = request.class_name, None
         if name in self.unpaying:
             name, passed = POOLED, f"class {name}: {self.unpaying[name]}; pooled drafts"
@@ -276,18 +286,19 @@ class Engine:
             known = ", ".join((*self.classes, *self.unpaying)) or "none: no subgraph is loaded"
             raise Refused(f"unknown class {name!r}; known are {known}", "class")
         if name is None:
-            chosen = self._chooser.choose(request.prompt) if self._chooser else POOLED
-            name = chosen if chosen in self.classes else POOLED
+            name = self.choose(request.prompt)
         if request.mode == Mode.FULL:
-            return Mode.FULL, name, passed
+            return Mode.FULL, name, Gate(), passed
         if not self.classes:
             if request.mode != Mode.AUTO:
                 raise Refused(f"mode {request.mode.value!r} needs a draft and none is loaded", "mode")
-            return Mode.FULL, name, "no draft is loaded"
+            return Mode.FULL, name, Gate(), "no draft is loaded"
         mode = self.options.auto if request.mode == Mode.AUTO else request.mode
         if mode == Mode.ROUTED and request.logprobs is not None:
             mode = Mode.EXACT  # they are the full model's, which has not seen what is emitted unverified
-        return mode, name, "max_draft is 0" if request.max_draft == 0 else passed
+        gate = self._promises.open(request, name, self.choose) if mode == Mode.ROUTED else Gate()
+        mode = Mode.EXACT if gate.shut else mode
+        return mode, name, gate, "max_draft is 0" if request.max_draft == 0 else gate.shut or passed
 
     # Called in the engine's thread only.
 
@@ -364,6 +375,7 @@ class Engine:
                 return
             (drafts, done), self._next = self._next, None
             self.classes, self.unpaying, self._chooser = drafts.classes, dict(drafts.unpaying), drafts.chooser
+            self._promises = Promises(drafts.certificates, self.options.risk)
             self.guard.forget()
             self.cycle = self._make_cycle(drafts.runner, drafts.cost)
             for sequence in (*self.scheduler.running, *self.scheduler.waiting):
@@ -372,8 +384,11 @@ class Engine:
 
     def _adapt(self, sequence: Sequence) -> None:
         """Let a text whose class is gone go on with `pooled`, or without drafts: verified in any case, for nothing was
-        promised of `pooled` when it began."""
+        promised of `pooled` when it began. What was promised a text was promised of the drafts that are gone: it emits
+        nothing unverified any more."""
         ran = sequence.ran
+        if sequence.gate.risk is not None:
+            sequence.gate = replace(sequence.gate, tokens=0)
         if ran.class_name not in self.classes:
             ran.class_name, sequence.shadow = POOLED, None
             ran.mode = Mode.FULL if not self.classes or ran.mode == Mode.FULL else Mode.EXACT
@@ -472,10 +487,10 @@ class Engine:
 
     def _audit(self, sequence: Sequence) -> None:
         """Tell the auditor of a request that was promised something: one with a threshold of its own was not."""
-        ran, shadow = sequence.ran, sequence.shadow
-        if sequence.request.threshold is not None:
+        ran, shadow, risk = sequence.ran, sequence.shadow, sequence.gate.risk
+        if risk is None:
             return
         if ran.mode == Mode.ROUTED and ran.tokens:
-            self.auditor.observe(ran.class_name, ran.divergent / ran.tokens, self.options.risk)
+            self.auditor.observe(ran.class_name, ran.divergent / ran.tokens, risk)
         elif shadow is not None and shadow.judged:
-            self.auditor.observe_shadow(ran.class_name, shadow.divergent / shadow.judged, self.options.risk)
+            self.auditor.observe_shadow(ran.class_name, shadow.divergent / shadow.judged, risk)

@@ -12,6 +12,7 @@ from server.engine.blocks import chain_key
 from server.engine.logprobs import TokenLogprob, read_logprobs
 from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Request, Update
+from server.engine.risk import Gate
 from server.engine.text import Text
 from strace.draft import Draft, DraftLimits
 from strace.kv import BLOCK
@@ -57,7 +58,7 @@ class Sequence:
     ran: Ran
     deliver: Deliver
     times: Times
-    threshold: float
+    gate: Gate
     table: Tensor
     shadow: Shadow | None = None
     ids: list[int] = field(init=False)
@@ -125,8 +126,15 @@ class Sequence:
         caps = [limit for limit in (options.draft_length, self.request.max_draft) if limit is not None]
         # The full model itself adds the last token before the limit.
         room = self.most_tokens - len(self.ids) - 1
+        gated = max(0, min(self.gate.tokens - self.ran.tokens, room))
+        emitted = min([options.run_limit, int(gated), *caps])
         threshold = self.threshold if self.ran.mode == Mode.ROUTED else math.inf
-        return DraftLimits(min([options.max_draft, *caps]), min([options.run_limit, *caps]), room, threshold)
+        return DraftLimits(min([options.max_draft, *caps]), emitted, room, threshold)
+
+    @property
+    def threshold(self) -> float:
+        """The confidence from which the next token may be emitted unverified; infinite where none may."""
+        return self.gate.threshold if self.ran.tokens < self.gate.tokens else math.inf
 
     def sampler(self, back: int = 0) -> Sampler:
         """How the next tokens are drawn, or those from `back` tokens ago."""
@@ -140,11 +148,11 @@ class Sequence:
     def book(self, draft: Draft) -> None:
         """Take over a step's draft: in `routed` its sure tokens become part of the text at once, up to the first that
         is not sure or would end the text. That one and all after it are held."""
-        self.draft, self.emitted = draft, 0
+        self.draft, self.emitted, threshold = draft, 0, self.threshold
         if self.ran.mode != Mode.ROUTED:
             return
         for token, confidence in zip(draft.tokens, draft.confidence, strict=True):
-            if confidence < self.threshold or self._ends(token):
+            if confidence < threshold or self._ends(token):
                 break
             self.emitted += 1
             self.ran.unverified += 1

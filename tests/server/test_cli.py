@@ -33,7 +33,7 @@ from tests.strace.test_subgraph import make as make_subgraph
 from tests.tiny import make_tokenizer, save_tiny
 
 RUNNER = CliRunner()
-COMMANDS = ["serve", "generate", "chat", "bench", "trace", "inspect", "measure", "convert"]
+COMMANDS = ["serve", "generate", "chat", "bench", "certify", "trace", "inspect", "measure", "convert"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STRACE_LLM_")}
 
 

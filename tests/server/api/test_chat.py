@@ -108,6 +108,7 @@ def test_response_says_what_ran(http: httpx.Client) -> None:
         "unverified": 0,
         "divergent": 0,
         "realised_speedup": 2,
+        "risk": None,
         "bypass": None,
     }
 

@@ -122,6 +122,11 @@ def test_realised_speedup_of_full_at_its_own_cost() -> None:
         ({"max_tokens": -5}, "max_tokens"),
         ({"max_draft": -1}, "max_draft"),
         ({"class_name": "poetry"}, "class"),
+        ({"mode": Mode.ROUTED, "risk": 0.0}, "risk"),
+        ({"mode": Mode.ROUTED, "risk": 1.0}, "risk"),
+        ({"mode": Mode.ROUTED, "risk": 0.1, "threshold": 0.9}, "risk"),
+        ({"mode": Mode.EXACT, "risk": 0.1}, "risk"),
+        ({"mode": Mode.FULL, "risk": 0.1}, "risk"),
         ({"stop": ("a", "")}, "stop"),
     ],
 )
@@ -173,7 +178,8 @@ def test_modes_without_a_draft() -> None:
 def test_what_auto_means() -> None:
     request = make_request(mode=Mode.AUTO)
     assert decode(make_engine(), request)[0].ran.mode == Mode.EXACT
-    assert decode(make_engine(Options(auto=Mode.ROUTED)), request)[0].ran.mode == Mode.ROUTED
+    routed = replace(request, threshold=0.9)
+    assert decode(make_engine(Options(auto=Mode.ROUTED)), routed)[0].ran.mode == Mode.ROUTED
 
 
 def test_the_chooser_picks_the_class() -> None:
