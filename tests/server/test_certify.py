@@ -178,7 +178,7 @@ def test_refused(asked: Asked, tmp_path: Path) -> None:
         certify(replace(asked, tokens=256))
     with pytest.raises(ValueError, match="no subgraphs to certify"):
         certify(replace(asked, subgraphs=None))
-    with pytest.raises(BadPrompts, match="no prompt folder"):
+    with pytest.raises(BadPrompts, match="no prompts at"):
         certify(replace(asked, prompts=tmp_path / "none"))
 
 
