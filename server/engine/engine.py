@@ -384,11 +384,10 @@ class Engine:
 
     def _adapt(self, sequence: Sequence) -> None:
         """Let a text whose class is gone go on with `pooled`, or without drafts: verified in any case, for nothing was
-        promised of `pooled` when it began. What was promised a text was promised of the drafts that are gone: it emits
-        nothing unverified any more."""
-        ran = sequence.ran
-        if sequence.gate.risk is not None:
-            sequence.gate = replace(sequence.gate, tokens=0)
+        promised of `pooled` when it began. What was promised of drafts that are gone is kept by verifying the rest."""
+        ran, gate = sequence.ran, sequence.gate
+        if gate.risk is not None and not self._promises.stands(gate, ran.class_name):
+            sequence.gate = replace(gate, tokens=0)
         if ran.class_name not in self.classes:
             ran.class_name, sequence.shadow = POOLED, None
             ran.mode = Mode.FULL if not self.classes or ran.mode == Mode.FULL else Mode.EXACT

@@ -24,13 +24,15 @@ _FREE = frozenset(
 class Gate:
     """Which tokens of a text are emitted unverified: those of at least `threshold` confidence among its first `tokens`.
 
-    risk: the mean divergence promised, if one is. shut: why none is emitted, where some were asked for.
+    risk: the mean divergence promised, if one is, by this certificate. shut: why none is emitted, where some were asked
+    for.
     """
 
     threshold: float = math.inf
     tokens: float = math.inf
     risk: float | None = None
     shut: str | None = None
+    certificate: Certificate | None = None
 
 
 class Promises:
@@ -62,7 +64,11 @@ class Promises:
             return Gate(shut=f"not certified: a risk of {risk:g} for class {class_name!r}")
         # The last token of a measured text was always the full model's. What follows it here is verified, and only
         # lowers the share that diverges.
-        return Gate(level.threshold, certificate.tokens - 1, level.risk)
+        return Gate(level.threshold, certificate.tokens - 1, level.risk, certificate=certificate)
+
+    def stands(self, gate: Gate, class_name: str) -> bool:
+        """Whether what a gate was opened by is still in force."""
+        return gate.certificate == self._certificates.get(class_name)
 
 
 def find_unusual(request: Request, tokens: int) -> str | None:
