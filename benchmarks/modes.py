@@ -2,7 +2,8 @@
 
 Claims of the README on speed come from here. Every prompt (the first third of a held-out text) is continued by every
 mode in turn, the order rotating from prompt to prompt, so that noise falls on all alike. `exact int4` drafts with the
-whole model in int4, the others with the class's subgraph. Times are whole requests, prefill included, without HTTP.
+whole model in int4, the others with the class's subgraph; `routed` emits from a confidence of .9 on and promises
+nothing (benchmarks/routed.py measures what is certified). Times are whole requests, prefill included, without HTTP.
 
 Examples:
   python benchmarks/modes.py
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from server.bench import SURE
 from server.engine.build import Placement, build_engine
 from server.engine.engine import Engine
 from server.engine.options import Options
@@ -93,7 +95,9 @@ def make_modes(arguments: argparse.Namespace) -> tuple[dict[str, Run], Engine, E
         def run(prompt: list[int], temperature: float, name: str, seed: int) -> tuple[list[int], Ran | None]:
             known = name if name in engine.classes else None
             params = SamplingParams(temperature)
-            return run_engine(engine, Request(str(seed), prompt, params, arguments.tokens, mode=mode, class_name=known))
+            sure = SURE if mode == Mode.ROUTED else None
+            request = Request(str(seed), prompt, params, arguments.tokens, mode=mode, class_name=known, threshold=sure)
+            return run_engine(engine, request)
 
         return run
 

@@ -15,15 +15,18 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 from server import bench as benchmark
+from server import certify as certifying
 from server import console
 from server.api.errors import ApiError
 from server.api.protocol import ChatRequest, CompletionRequest, Message, StraceOptions
 from server.config import Compile, Dtype, EngineConfig, ReasoningParser, RunnerKind, ServeConfig, ToolParser
+from server.engine.build import Placement
 from server.engine.engine import StepFailed
-from server.engine.request import Mode
+from server.engine.request import Mode, Overloaded
 from server.load import load_served
 from server.serve import serve as run_server
 from strace import errors
@@ -94,15 +97,19 @@ def serve(
     served_model_name: Annotated[str | None, setting("served_model_name")] = None,
     api_key: Annotated[str | None, setting("api_key")] = None,
     max_queue: Annotated[int | None, setting("max_queue")] = None,
-    kv_memory: Annotated[int | None, setting("kv_memory")] = None,
+    kv_memory: Annotated[str | None, setting("kv_memory")] = None,
+    prefix_cache: Annotated[bool | None, setting("prefix_cache", "--prefix-cache/--no-prefix-cache")] = None,
     max_body_bytes: Annotated[int | None, setting("max_body_bytes")] = None,
     request_timeout: Annotated[float | None, setting("request_timeout")] = None,
+    step_timeout: Annotated[float | None, setting("step_timeout")] = None,
+    drain_timeout: Annotated[float | None, setting("drain_timeout")] = None,
     api_key_file: Annotated[Path | None, setting("api_key_file")] = None,
     cors_origins: Annotated[list[str] | None, setting("cors_origins", "--cors-origin")] = None,
     tls_certificate: Annotated[Path | None, setting("tls_certificate")] = None,
     tls_key: Annotated[Path | None, setting("tls_key")] = None,
     tool_parser: Annotated[ToolParser | None, setting("tool_parser")] = None,
     reasoning_parser: Annotated[ReasoningParser | None, setting("reasoning_parser")] = None,
+    risk: Annotated[float | None, setting("risk")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible API until interrupted."""
     config = configure(ServeConfig, **locals())
@@ -209,6 +216,53 @@ def bench(
             benchmark.show(found, Console())
 
 
+@app.command(
+    epilog="Example: strace-llm certify ./my-model --subgraphs subgraphs --prompts texts --temperature 0 --time-limit 9"
+)
+def certify(
+    model: ModelArgument = None,
+    subgraphs: Subgraphs = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder of prompts by class, as `trace` reads it, that tracing has not seen",
+            show_default="of those shipped, the part that `trace` only reports on",
+        ),
+    ] = None,
+    classes: Annotated[str, typer.Option(help="only these, separated by commas", show_default="all")] = "",
+    temperature: Annotated[list[float], typer.Option(min=0, max=2, help="may be repeated")] = [1.0, 0.0],  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=2, help="most tokens per text; shorter requests are served exact")] = 128,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="minutes after which to stop", show_default="none")
+    ] = None,
+    dtype: DtypeFlag = None,
+    device: Device = None,
+    runner: RunnerFlag = None,
+    compile: CompileFlag = None,
+    context: Context = None,
+) -> None:
+    """Certify at which confidence `routed` keeps which risk, by running the prompts of every class at each threshold.
+
+    A risk is the mean share of tokens that the full model would not have chosen. What was measured is kept beside the
+    subgraphs: typed again, the command goes on where it stopped.
+    """
+    config = configure(EngineConfig, **locals())
+    chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
+    placement = Placement(config.device, config.dtype, config.context, runner=config.runner, compile=config.compile)
+    seconds = None if time_limit is None else 60 * time_limit
+    temperatures = tuple(dict.fromkeys(temperature))
+    asked = certifying.Asked(config.model, config.subgraphs, prompts, chosen, temperatures, tokens, seconds, placement)
+    notes = Console(stderr=True)
+    with told(), Progress(console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("loading", total=1.0)
+        found, whole = certifying.certify(
+            asked, lambda doing, share: bar.update(task, description=doing, completed=share)
+        )
+    certifying.show(found, Console())
+    if not whole:
+        typer.echo("time was up; type the same command again to go on", err=True)
+
+
 def configure(kind: type[C], **flags: Any) -> C:
     """The configuration: flags that were given before environment before defaults. Exits when it is wrong."""
     given = {name: value for name, value in flags.items() if name in kind.model_fields and value is not None}
@@ -231,7 +285,7 @@ def told() -> Iterator[None]:
             yield
         except ApiError as error:
             fail(str(error), WRONG_USAGE)
-        except (StepFailed, benchmark.Busy) as error:
+        except (StepFailed, Overloaded, benchmark.Busy) as error:
             fail(str(error))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.engine.request import Mode
@@ -29,12 +29,18 @@ class EngineConfig(BaseSettings):
     dtype: Dtype = Field("auto", description="format of the full model's weights")
     device: str = Field("cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$", description="cpu, cuda, cuda:N, or auto")
     context: int | None = Field(None, ge=1, description="most tokens of prompt and answer; default: the model's limit")
-    kv_memory: int | None = Field(None, ge=1, description="MiB for the KV cache; default: a share of what is free")
+    kv_memory: ByteSize | None = Field(
+        None, gt=0, description="memory of the KV cache, such as 2GiB; default: a share of what is free"
+    )
+    prefix_cache: bool = Field(True, description="whether prompts that begin alike share entries of the KV cache")
     runner: RunnerKind = Field("auto", description="what computes: native or torch; auto: native on the CPU if built")
     compile: Compile = Field("auto", description="capture whole steps as CUDA graphs; auto: wherever there is CUDA")
     tool_parser: ToolParser = Field("auto", description="format of the model's tool calls; auto: by its chat template")
     reasoning_parser: ReasoningParser = Field(
         "auto", description="marks of the model's thoughts; auto: think, if its chat template has <think>"
+    )
+    risk: float | None = Field(
+        None, gt=0, lt=1, description="auto runs routed where this mean divergence is certified; default: exact"
     )
     max_queue: int = Field(64, ge=1, description="requests that may wait before new ones are refused with 429")
 
@@ -53,6 +59,9 @@ class ServeConfig(EngineConfig):
     api_key_file: Path | None = Field(None, description="file with more such keys, one per line")
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="largest request body")
     request_timeout: float | None = Field(None, gt=0, description="seconds until a request is given up; default: none")
+    step_timeout: float = Field(300, gt=0, description="seconds of one step after which the process gives up and exits")
+    # Kubernetes kills 30 seconds after SIGTERM.
+    drain_timeout: float = Field(25, ge=0, description="seconds that requests get to finish after SIGTERM")
     cors_origins: tuple[str, ...] = Field((), description="origins whose web pages may ask; * for any")
     tls_certificate: Path | None = Field(None, description="PEM file; with --tls-key serves HTTPS")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's private key")

@@ -82,7 +82,7 @@ def summarise(ran: Ran) -> str:
     if ran.unverified:
         parts.append(f"{ran.unverified} emitted unverified, {ran.divergent:.3g} divergent")
     if ran.bypass is not None:
-        parts.append(f"nothing drafted: {ran.bypass}")
+        parts.append(ran.bypass if ran.drafted else f"nothing drafted: {ran.bypass}")
     if ran.speedup is not None:
         parts.append(f"realised speedup {ran.speedup:.2f}")
     return "; ".join(parts)

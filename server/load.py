@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
@@ -10,12 +11,21 @@ import torch
 from server.api.output import CALL_FORMATS, THINK, find_call_format
 from server.api.served import Served
 from server.config import EngineConfig, ServeConfig
-from server.engine.build import Placement, build_engine
-from server.engine.grammar import Grammars
+from server.engine.build import Placement, build_engine, reload_drafts
+from server.engine.engine import Engine
 from server.engine.options import Options
+from server.engine.request import Mode
 from server.engine.worker import Worker
 from server.metrics import Metrics
+from strace.checkpoint import Checkpoint
 from strace.graphs import choose_dtype
+from strace.kv import BLOCK
+
+
+def make_options(config: EngineConfig) -> Options:
+    """The engine's settings: `auto` is exact unless the operator allows a risk."""
+    options = Options(max_waiting=config.max_queue, prefix_cache=config.prefix_cache)
+    return options if config.risk is None else replace(options, auto=Mode.ROUTED, risk=config.risk)
 
 
 def load_served(config: EngineConfig) -> Served:
@@ -28,21 +38,20 @@ def load_served(config: EngineConfig) -> Served:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not available on this machine")
     metrics = Metrics()
-    kv_memory = None if config.kv_memory is None else config.kv_memory * 2**20
-    placement = Placement(config.device, config.dtype, config.context, None, kv_memory, config.runner, config.compile)
     worker = Worker()
     build = partial(
         build_engine,
         config.model,
         config.subgraphs,
-        placement=placement,
-        options=Options(max_waiting=config.max_queue),
+        placement=_place(config),
+        options=make_options(config),
         observer=metrics,
         worker=worker,
     )
     engine, checkpoint = worker.submit(build).result()
     name = config.name if isinstance(config, ServeConfig) else config.model
     metrics.watch(engine.stats)
+    metrics.watch_judges(engine.guard, engine.auditor)
     metrics.info.labels(version("strace-llm"), name, choose_dtype(config.device, config.dtype), config.device).set(1)
     template = str(checkpoint.tokenizer.chat_template or "")
     auto = config.tool_parser == "auto"
@@ -52,13 +61,25 @@ def load_served(config: EngineConfig) -> Served:
         tokenizer=checkpoint.tokenizer,
         vocabulary=engine.limits.vocabulary,
         context=engine.limits.context,
-        classes=engine.classes,
+        cache=engine.pool.total * BLOCK,
+        classes=(*engine.classes, *engine.unpaying),
         metrics=metrics,
-        grammars=Grammars(checkpoint.tokenizer.backend_tokenizer, engine.limits.vocabulary, checkpoint.stop_ids),
         mode=config.mode,
         max_queue=config.max_queue,
         max_draft=engine.options.max_draft,
         timeout=config.request_timeout if isinstance(config, ServeConfig) else None,
         calls=find_call_format(template) if auto else CALL_FORMATS.get(config.tool_parser),
         thinks=config.reasoning_parser == "think" or (config.reasoning_parser == "auto" and THINK in template),
+        reload=partial(_reload, engine, checkpoint, config),
     )
+
+
+def _place(config: EngineConfig) -> Placement:
+    """Where and how the configured model runs."""
+    return Placement(config.device, config.dtype, config.context, None, config.kv_memory, config.runner, config.compile)
+
+
+def _reload(engine: Engine, checkpoint: Checkpoint, config: EngineConfig) -> tuple[str, ...]:
+    """See `Served.reload`."""
+    reload_drafts(engine, checkpoint, config.subgraphs, _place(config)).result()
+    return (*engine.classes, *engine.unpaying)

@@ -6,12 +6,17 @@ Counters follow vLLM's names after the prefix; realised speedup over any span is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
+from server.engine.auditor import Auditor
+from server.engine.guard import Guard
 from server.engine.observer import Step
 from server.engine.request import Ran
 from server.engine.sequence import Times
@@ -40,6 +45,37 @@ SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 LONG = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 
 
+class Judges(Collector):
+    """Gauges of the guard's and the auditor's verdicts, read whenever they are scraped."""
+
+    def __init__(self) -> None:
+        self.guard: Guard | None = None
+        self.auditor: Auditor | None = None
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        labels = ("mode", "class", "batch")
+        state = _family("guard_state", "1: drafts, 0: served by plain full steps, 0.5: not sure yet", *labels)
+        speedup = _family("guard_speedup_ratio", "Realised speedup in paired blocks, older ones fading", *labels)
+        age = _family("guard_baseline_age_seconds", "Time since the last plain full step", "batch")
+        tripped = _family("auditor_tripped", "1: served exact, for its routed text broke the promise", "class")
+        evidence = _family("auditor_evidence_ratio", "Evidence over what trips, or once tripped re-arms", "class")
+        if self.guard is not None:
+            for mode, name, batch, track in self.guard.states():
+                state.add_metric([mode.value, name, str(batch)], track.trust.value)
+                speedup.add_metric([mode.value, name, str(batch)], math.exp(track.mean))
+            for batch, seconds in self.guard.ages().items():
+                age.add_metric([str(batch)], seconds)
+        if self.auditor is not None:
+            for name, (stopped, share) in self.auditor.states().items():
+                tripped.add_metric([name], stopped)
+                evidence.add_metric([name], share)
+        yield from (state, speedup, age, tripped, evidence)
+
+
+def _family(name: str, help: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"{PREFIX}_{name}", help, labels=labels)
+
+
 class Metrics:
     """All metrics of one server."""
 
@@ -51,6 +87,8 @@ class Metrics:
         self.kv_usage = gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use")
         self.info = gauge("info", "1; its labels say what runs", "version", "model", "dtype", "device")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
+        self.prefix_tokens = counter("prefix_tokens", "Prompt tokens by whether a text before held them", "outcome")
+        self.preemptions = counter("preemptions", "Times that a text lost its blocks to an older one")
         self.generation_tokens = counter("generation_tokens", "Tokens generated", "mode", "class")
         self.requests = counter("requests", "Requests finished", "mode", "class", "finish_reason")
         self.errors = counter("request_errors", "Requests answered with an error", "type")
@@ -73,6 +111,8 @@ class Metrics:
         self.inter_token = histogram("inter_token_latency_seconds", "Time between successive pieces of a text", SHORT)
         self.latency = histogram("e2e_request_latency_seconds", "From submission to the end", LONG)
         self.queue_time = histogram("request_queue_time_seconds", "From submission to admission", LONG)
+        self.judges = Judges()
+        self.registry.register(self.judges)
 
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", help, labels, registry=self.registry)
@@ -89,12 +129,20 @@ class Metrics:
         self.waiting.set_function(lambda: stats().waiting)
         self.kv_usage.set_function(lambda: stats().blocks_used / stats().blocks_total)
 
+    def watch_judges(self, guard: Guard, auditor: Auditor) -> None:
+        """Read their verdicts whenever they are scraped."""
+        self.judges.guard, self.judges.auditor = guard, auditor
+
     def on_step(self, step: Step) -> None:
         """Nothing is counted by step: what a step did shows in its requests' accounts."""
 
     def on_finish(self, ran: Ran, times: Times, outcome: str) -> None:
         """Add a finished request's accounts and times."""
         self._count_tokens(ran, outcome)
+        if times.admitted is not None:
+            self.prefix_tokens.labels("hit").inc(ran.cached_tokens)
+            self.prefix_tokens.labels("miss").inc(ran.prompt_tokens - ran.cached_tokens)
+        self.preemptions.inc(ran.preemptions)
         self._count_drafts(ran)
         self._count_times(times)
 

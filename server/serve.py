@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import uvicorn
+from fastapi import FastAPI
 
-from server.api.generation import DRAIN_SECONDS
+from server.api.generation import SEND_SECONDS
 from server.api.served import Served
 from server.app import create_app
 from server.config import ServeConfig
+from server.engine.engine import Engine
+from server.life import Server
 from server.load import load_served
 
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM, then let requests in progress finish for a while.
+    """Serve until SIGINT or SIGTERM, then let requests in progress finish for a while. SIGHUP reads the subgraphs
+    again. Without its engine the process exits with status 1.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -32,22 +37,27 @@ def serve(config: ServeConfig) -> None:
         keys = config.api_keys()
         served = load_served(config)
         app = create_app(served, keys, config.max_body_bytes, config.cors_origins)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=DRAIN_SECONDS + 1,
-                ssl_certfile=config.tls_certificate,
-                ssl_keyfile=config.tls_key,
-            )
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SEND_SECONDS + 1,
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
         )
+        assert isinstance(served.engine, Engine)
+        server = Server(settings, served.engine, config.drain_timeout, config.step_timeout, partial(reload, app))
         print(describe(served, config, listener.getsockname()[1]), flush=True)
-        # uvicorn raises a signal again once it has shut down cleanly; by then there is nothing left to interrupt.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        server.run(sockets=[listener])
+        server.live([listener])
+
+
+def reload(app: FastAPI) -> str:
+    """Read the subgraphs of the app's model again; what there is then. Raises what `Served.reload` does."""
+    served: Served = app.state.served
+    assert served.reload is not None
+    app.state.served = replace(served, classes=served.reload())
+    return f"subgraphs read again: classes {', '.join(app.state.served.classes)}"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -78,7 +88,8 @@ def describe(served: Served, config: ServeConfig, port: int) -> str:
     key = "" if not locked else ' -H "Authorization: Bearer $STRACE_LLM_API_KEY"'
     lines = [
         f"strace-llm {version('strace-llm')} serves {served.name} on {config.device}: mode {served.mode.value}, "
-        f"classes {', '.join(served.classes) or 'none'}, context {served.context} tokens",
+        f"classes {', '.join(served.classes) or 'none'}, context {served.context} tokens, "
+        f"KV cache {served.cache} tokens",
         f"API at {url}/v1, metrics at {url}/metrics",
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
     ]

@@ -1,27 +1,27 @@
-"""Prompt classes: reading them, splitting them by source, and telling which class a prompt is of."""
+"""Prompt classes: reading them, one's own or those shipped, and splitting them by source."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
-from strace.files import file_beside
 
 POOLED = "pooled"
 RESERVED = frozenset({POOLED, "full", "exact", "routed", "auto", "embedded"})
 FEWEST_PROMPTS, FEWEST_SOURCES = 8, 3
 SHARES = {"fit": 0.65, "choose": 0.15, "report": 0.2}
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_FIELDS = frozenset({"text", "prompt", "source"})
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_CONTENTS = ("text", "prompt", "messages")
+_FIELDS = frozenset({*_CONTENTS, "class", "source"})
+
+WriteChat = Callable[[list[dict[str, Any]]], str]  # messages as the model's chat template writes them
 
 
 class BadPrompts(ValueError):
@@ -30,10 +30,11 @@ class BadPrompts(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text of a class and the document it was cut from."""
+    """A text of a class, the document it was cut from, and the file and line it was read from."""
 
     text: str
     source: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass
@@ -50,82 +51,203 @@ def shipped_prompts() -> Path:
     return Path(str(files("strace"))) / "prompts"
 
 
-def read_prompts(folder: Path, only: Sequence[str] = ()) -> dict[str, list[Prompt]]:
-    """Every class of a folder (or those named in `only`), by name: `CLASS.jsonl` with `text` or `prompt` and optional
-    `source`, or `CLASS.txt`, blank-line separated. A prompt without a source is its own; a repeated text is read once.
-    A file named in capitals (README.txt, NOTICES.txt) is about the folder, not of it.
+_Found = dict[str, tuple[str, list[Prompt]]]  # prompts by class, and where they were found
+
+
+def refuse_chat(messages: list[dict[str, Any]]) -> str:
+    """Where no model is at hand to write a conversation."""
+    raise BadPrompts("messages need a model with a chat template to be written by")
+
+
+def read_prompts(
+    place: Path, only: Sequence[str] = (), class_name: str | None = None, write_chat: WriteChat = refuse_chat
+) -> dict[str, list[Prompt]]:
+    """Every class at a place (or those named in `only`), by name. A place is
+
+    - a JSONL file whose lines name their class, or are all of `class_name`;
+    - another text file, all of the class `class_name` or of the file's name;
+    - a folder with a file (CLASS.jsonl, CLASS.txt) or a subfolder of documents for each class; one named in capitals
+      (README.txt, NOTICES.txt) is about the folder, not of it.
+
+    A line of JSON is an object with `text`, `prompt` or `messages`, and optional `class` and `source`. In a text file a
+    paragraph is a prompt, or a line where no blank line parts paragraphs. A prompt without a source is its own; a
+    repeated text is read once.
 
     Raises:
-        BadPrompts: no such folder or class, a bad name, bad JSON, an empty class, too few prompts, a text in two
-        classes.
+        BadPrompts: nothing there, a bad class name, bad JSON, an empty class, too few prompts, a text in two classes.
     """
-    if not folder.is_dir():
-        raise BadPrompts(f"no prompt folder {folder}")
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in (".jsonl", ".txt") and not path.stem.isupper()]
-    paths = {path.stem: path for path in found}
-    if len(paths) < len(found):
-        raise BadPrompts(f"{folder} has a class both as .jsonl and as .txt")
-    if unknown := sorted(set(only) - set(paths)):
-        raise BadPrompts(f"{folder} has no class {', '.join(unknown)}; it has {', '.join(paths) or 'none'}")
-    if not paths:
-        raise BadPrompts(f"{folder} has no CLASS.jsonl and no CLASS.txt")
-    classes = {name: _read_class(path) for name, path in paths.items() if not only or name in only}
+    if place.is_dir() and class_name is not None:
+        raise BadPrompts(f"--class names the class of one file; {place} is a folder, whose files name theirs")
+    found = _read_folder(place, only, write_chat) if place.is_dir() else _read_file(place, class_name, write_chat)
+    if unknown := sorted(set(only) - set(found)):
+        raise BadPrompts(f"{place} has no class {', '.join(unknown)}; it has {', '.join(found) or 'none'}")
+    classes = {name: _check_class(*found[name]) for name in found if not only or name in only}
     _refuse_shared_texts(classes)
     return classes
 
 
-def _read_class(path: Path) -> list[Prompt]:
-    if path.stem in RESERVED or not _NAME.fullmatch(path.stem):
-        reason = "is reserved" if path.stem in RESERVED else "is not lower-case letters, digits, - and _"
-        raise BadPrompts(f"{path}: the class name {path.stem!r} {reason}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadPrompts(f"cannot read {path}: {error}") from error
-    found = _parse_lines(path, content) if path.suffix == ".jsonl" else _parse_paragraphs(content)
+def read_log(place: Path, write_chat: WriteChat = refuse_chat) -> list[Prompt]:
+    """Prompts of no class yet, each text once, from a file as `read_prompts` reads it or a folder of such files.
+
+    Raises:
+        BadPrompts: nothing there, bad JSON, a line that names a class.
+    """
+    if not place.exists():
+        raise BadPrompts(f"no prompts at {place}")
+    prompts: dict[str, Prompt] = {}
+    folder = place if place.is_dir() else None
+    for path in [place] if folder is None else _list_files(folder):
+        for label, prompt in _read_labelled(path, folder, write_chat):
+            if label is not None:
+                raise BadPrompts(f"{prompt.place}: names the class {label!r}; leave --classes auto out to use it")
+            prompts.setdefault(prompt.text, prompt)
+    if not prompts:
+        raise BadPrompts(f"{place} holds no prompt")
+    return list(prompts.values())
+
+
+def _read_folder(folder: Path, only: Sequence[str], write_chat: WriteChat) -> _Found:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name[0] in "._" or path.stem.isupper() or not (path.is_dir() or path.suffix in (".jsonl", ".txt")):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if name in found:
+            raise BadPrompts(f"{folder} has the class {name} twice: {found[name].name} and {path.name}")
+        found[name] = path
+    if not found:
+        raise BadPrompts(f"{folder} has no CLASS.jsonl, no CLASS.txt and no folder CLASS")
+    classes: _Found = {}
+    for name, path in found.items():
+        check_name(name, str(path))
+        prompts: list[Prompt] = []
+        classes[name] = str(path), prompts
+        documents = path if path.is_dir() else None
+        for file in [] if only and name not in only else [path] if documents is None else _list_files(documents):
+            for label, prompt in _read_labelled(file, documents, write_chat):
+                if label not in (None, name):
+                    raise BadPrompts(f"{prompt.place}: names the class {label!r} in a file of the class {name!r}")
+                prompts.append(prompt)
+    return classes
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """The files of a folder and its folders, hidden ones left out."""
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [p for p in found if not any(part[0] in "._" for part in p.relative_to(folder).parts)]
+
+
+def _read_file(path: Path, class_name: str | None, write_chat: WriteChat) -> _Found:
+    if not path.is_file():
+        raise BadPrompts(f"no prompts at {path}")
+    default = class_name if class_name is not None or path.suffix == ".jsonl" else path.stem
+    if default is not None:
+        check_name(default, str(path))
+    classes: _Found = {}
+    for label, prompt in _read_labelled(path, None, write_chat):
+        name = label if label is not None else default
+        if name is None:
+            raise BadPrompts(f"{prompt.place}: names no class; say --class NAME, or --classes auto to find classes")
+        classes.setdefault(name, (f"{path}, class {name}", []))[1].append(prompt)
+    if not classes:
+        raise BadPrompts(f"{path} holds no prompt")
+    return dict(sorted(classes.items()))
+
+
+def check_name(name: str, place: str) -> None:
+    """Raise BadPrompts, naming the place, for what cannot be the name of a class and of its folder."""
+    if name in RESERVED or not NAME.fullmatch(name):
+        reason = "is reserved" if name in RESERVED else "is not lower-case letters, digits, - and _"
+        raise BadPrompts(f"{place}: the class name {name!r} {reason}")
+
+
+def _check_class(place: str, found: Sequence[Prompt]) -> list[Prompt]:
     prompts = list({prompt.text: prompt for prompt in found}.values())
     if not prompts:
-        raise BadPrompts(f"{path} holds no prompt")
+        raise BadPrompts(f"{place} holds no prompt")
     sources = {prompt.source for prompt in prompts}
     if len(prompts) < FEWEST_PROMPTS or len(sources) < FEWEST_SOURCES:
         raise BadPrompts(
-            f"{path} has {len(prompts)} different prompts of {len(sources)} sources; "
+            f"{place} has {len(prompts)} different prompts of {len(sources)} sources; "
             f"fitting and reporting apart needs at least {FEWEST_PROMPTS} of {FEWEST_SOURCES}"
         )
     return prompts
 
 
-def _parse_lines(path: Path, content: str) -> Iterator[Prompt]:
+def _read_labelled(path: Path, folder: Path | None, write_chat: WriteChat) -> Iterator[tuple[str | None, Prompt]]:
+    """Prompts of a file, each with the class that it names. folder: it is one of this folder's documents, each of which
+    is one prompt unless it is JSONL."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPrompts(f"cannot read {path}: {error}") from error
+    if path.suffix == ".jsonl":
+        yield from _parse_lines(path, content, write_chat)
+    elif folder is None:
+        yield from ((None, prompt) for prompt in _parse_text(path, content))
+    elif content.strip():
+        yield None, Prompt(content.strip("\n"), str(path.relative_to(folder)), str(path))
+
+
+def _parse_lines(path: Path, content: str, write_chat: WriteChat) -> Iterator[tuple[str | None, Prompt]]:
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise BadPrompts(f"{path}:{number}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or ("text" in record) == ("prompt" in record):
-            raise BadPrompts(f"{path}:{number}: needs an object with either text or prompt")
+            raise BadPrompts(f"{place}: not JSON: {error.msg}") from error
+        if not isinstance(record, dict) or sum(name in record for name in _CONTENTS) != 1:
+            raise BadPrompts(f"{place}: needs an object with one of {', '.join(_CONTENTS)}")
         if unknown := sorted(set(record) - _FIELDS):
-            raise BadPrompts(f"{path}:{number}: unknown field {', '.join(unknown)}")
-        text, source = record.get("text", record.get("prompt")), record.get("source")
+            raise BadPrompts(f"{place}: unknown field {', '.join(unknown)}")
+        text, source, label = _read_text(record, place, write_chat), record.get("source"), record.get("class")
         if not isinstance(text, str) or not text.strip() or not (source is None or isinstance(source, str)):
-            raise BadPrompts(f"{path}:{number}: text must be a string that is not empty, source a string")
-        yield Prompt(text, source or text)
+            raise BadPrompts(f"{place}: text must be a string that is not empty, source a string")
+        if label is not None:
+            if not isinstance(label, str):
+                raise BadPrompts(f"{place}: class must be a string")
+            check_name(label, place)
+        yield label, Prompt(text, source or text, place)
 
 
-def _parse_paragraphs(content: str) -> Iterator[Prompt]:
-    for text in re.split(r"\n\s*\n", content):
+def _read_text(record: dict[str, Any], place: str, write_chat: WriteChat) -> Any:
+    if "messages" not in record:
+        return record.get("text", record.get("prompt"))
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
+        raise BadPrompts(f"{place}: messages must be objects with role and content, both strings, at least one")
+    try:
+        return write_chat(messages)
+    except BadPrompts as error:
+        raise BadPrompts(f"{place}: {error}") from error
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _parse_text(path: Path, content: str) -> Iterator[Prompt]:
+    """Paragraphs, or lines where no blank line parts paragraphs."""
+    parted = re.search(r"\n\s*\n", content.strip()) is not None
+    for found in re.finditer(r"\S.*?(?=\n\s*\n|\Z)" if parted else r"[^\n]*\S[^\n]*", content, re.DOTALL):
+        start = content.rfind("\n", 0, found.start()) + 1  # the first line's indent belongs to it
+        text = content[start : found.end()].rstrip("\n")
         if text.strip():
-            yield Prompt(text.strip("\n"), text.strip("\n"))
+            yield Prompt(text, text, f"{path}:{content.count(chr(10), 0, start) + 1}")
 
 
 def _refuse_shared_texts(classes: Mapping[str, Sequence[Prompt]]) -> None:
-    owner: dict[str, str] = {}
+    owner: dict[str, tuple[str, str]] = {}
     for name, prompts in classes.items():
         for prompt in prompts:
-            other = owner.setdefault(prompt.text, name)
+            other, place = owner.setdefault(prompt.text, (name, prompt.place))
             if other != name:
-                raise BadPrompts(f"the same text is in the classes {other} and {name}: {prompt.text[:60]!r}")
+                raise BadPrompts(
+                    f"the same text is in the classes {other} ({place}) and {name} ({prompt.place}): "
+                    f"{prompt.text[:60]!r}"
+                )
 
 
 def split_classes(classes: Mapping[str, Sequence[Prompt]], seed: int = 0) -> dict[str, Parts]:
@@ -153,81 +275,3 @@ def split_classes(classes: Mapping[str, Sequence[Prompt]], seed: int = 0) -> dic
             getattr(split[name], part_of[prompt.source]).append(prompt)
     pooled = Parts(*([p for parts in split.values() for p in getattr(parts, use)] for use in SHARES))
     return {**split, POOLED: pooled}
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Which class a prompt's tokens are of: logistic regression on its token frequencies.
-
-    weights: float32 [C, V]. biases: float32 [C]. `least`: the probability below which the answer is `pooled`.
-    """
-
-    names: tuple[str, ...]
-    weights: np.ndarray
-    biases: np.ndarray
-    least: float = 0.6
-
-    FILE = "classifier.safetensors"
-
-    @classmethod
-    def fit(cls, prompts: Mapping[str, Sequence[Sequence[int]]], vocabulary: int, seed: int = 0) -> Classifier:
-        """From token ids of each class's prompts; of each also its openings, because a short prompt must be told as
-        well."""
-        # Here, because serving needs neither and scikit-learn loads slowly.
-        from scipy.sparse import csr_matrix, vstack
-        from sklearn.linear_model import LogisticRegression
-
-        names = tuple(prompts)
-        if len(names) < 2:
-            return cls(names, np.zeros((len(names), vocabulary), np.float32), np.zeros(len(names), np.float32), 2.0)
-        examples = [(c, ids[:n]) for c, name in enumerate(names) for ids in prompts[name] for n in (8, 32, len(ids))]
-        features = vstack([csr_matrix(_frequencies(ids, vocabulary)) for _, ids in examples])
-        labels = [c for c, _ in examples]
-        model = LogisticRegression(C=30.0, class_weight="balanced", max_iter=300, random_state=seed)
-        model.fit(features, labels)
-        # Two classes give one row, whose sigmoid is the softmax of (0, row).
-        rows, biases = model.coef_, model.intercept_
-        if len(rows) == 1:
-            rows, biases = np.concatenate([0 * rows, rows]), np.concatenate([0 * biases, biases])
-        return cls(names, np.ascontiguousarray(rows, np.float32), biases.astype(np.float32))
-
-    def probabilities(self, ids: Sequence[int]) -> np.ndarray:
-        """float [C]."""
-        scores = self.weights @ _frequencies(ids, self.weights.shape[1]) + self.biases
-        scores = np.exp(scores - scores.max())
-        return np.asarray(scores / scores.sum())
-
-    def choose(self, ids: Sequence[int]) -> str:
-        """The class of a prompt's token ids, `pooled` when unsure."""
-        if not len(ids) or not self.names:
-            return POOLED
-        p = self.probabilities(ids)
-        return self.names[int(p.argmax())] if p.max() >= self.least else POOLED
-
-    def save(self, folder: Path) -> None:
-        """Write `classifier.safetensors` into `folder`."""
-        tensors = {"weights": self.weights, "biases": self.biases}
-        with file_beside(folder / self.FILE) as beside:
-            save_file(tensors, beside, {"names": json.dumps(self.names), "least": str(self.least)})
-
-    @classmethod
-    def load(cls, folder: Path) -> Classifier:
-        """Read `classifier.safetensors` of `folder`.
-
-        Raises:
-            ValueError: if it is missing or cannot be read.
-        """
-        try:
-            with safe_open(folder / cls.FILE, framework="numpy") as stored:
-                about = stored.metadata() or {}
-                names = tuple(json.loads(about["names"]))
-                weights, biases = stored.get_tensor("weights"), stored.get_tensor("biases")
-                return cls(names, weights, biases, float(about["least"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"cannot read the classifier {folder / cls.FILE}: {error}") from error
-
-
-def _frequencies(ids: Sequence[int], vocabulary: int) -> np.ndarray:
-    """float32 [V] of unit length, square roots of counts: one frequent word shall not outweigh all others."""
-    counts = np.sqrt(np.bincount(np.asarray(ids, dtype=np.int64), minlength=vocabulary)[:vocabulary])
-    return np.asarray(counts / max(float(np.linalg.norm(counts)), 1e-12), dtype=np.float32)

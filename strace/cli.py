@@ -1,11 +1,10 @@
-"""The offline commands: `trace`, `inspect` a folder of subgraphs, `measure` this machine, and those of
+"""The offline commands: `trace`, `inspect` subgraphs, `measure` this machine, and those of
 `strace.paper`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -30,19 +29,19 @@ from strace.costs import (
     save_table,
 )
 from strace.errors import WRONG_USAGE, fail, told
+from strace.files import write_beside
 from strace.gguf import convert
 from strace.graphs import RUNNERS, make_runner, open_graphs
 from strace.linear import FORMATS as FULL_FORMATS
+from strace.overview import as_record, open_overview, render_page, show
 from strace.paper import app as paper
 from strace.runner import FULL
-from strace.subgraph import Manifest, find_subgraphs, read_manifest
-from strace.trace import Options, trace
+from strace.trace import AUTO, Options, trace
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
 app.add_typer(paper)
 
 FORMATS = ("int4", "int8", "bf16")
-_SHADES = " ▁▂▃▄▅▆▇█"
 
 
 @app.command("trace")
@@ -52,8 +51,12 @@ def trace_command(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of CLASS.jsonl (text or prompt, optional source) or CLASS.txt. Default: those shipped."
+            help="JSONL file (text, prompt or messages; class; optional source), text file, or folder with a file or "
+            "folder for each class. Default: those shipped."
         ),
+    ] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Class of prompts that name none, in a JSONL or text file.")
     ] = None,
     size: Annotated[
         float | None,
@@ -62,8 +65,14 @@ def trace_command(
         ),
     ] = None,
     classes: Annotated[
-        str, typer.Option(help="Only these classes, separated by commas; `pooled` is then of them alone.")
+        str,
+        typer.Option(
+            help="Only these, separated by commas; `pooled` is then of them alone. `auto`: find them in --prompts."
+        ),
     ] = "",
+    clusters: Annotated[
+        int | None, typer.Option(help="How many classes `--classes auto` finds. Default: as many as part best.", min=2)
+    ] = None,
     format: Annotated[str, typer.Option(help="Format of every matrix: int4, int8 or bf16.")] = "int4",
     seed: Annotated[int, typer.Option(help="Of the split, the order of texts and the draft blocks.", min=0)] = 0,
     units: Annotated[str, typer.Option(help=f"How units are scored: {', '.join(UNITS)}.")] = "refit",
@@ -83,6 +92,10 @@ def trace_command(
 
         strace-llm trace ./my-model --prompts my-prompts -o subgraphs --size 0.2 --classes code,math
 
+        strace-llm trace ./my-model --prompts labelled.jsonl -o subgraphs
+
+        strace-llm trace ./my-model --prompts log.jsonl --classes auto -o subgraphs
+
     Exit code 1: the model or the prompts cannot be used; 2: an option has no such value. The message says why.
     """
     if format not in FORMATS:
@@ -95,46 +108,53 @@ def trace_command(
     if size is not None and not 0 < size <= 1:
         fail(f"--size {size} is not a share between 0 and 1", WRONG_USAGE)
     chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
-    options = Options(model, output, prompts, size, chosen, format, seed, units, runner, distill)
+    if clusters is not None and chosen != AUTO:
+        fail("--clusters is for --classes auto", WRONG_USAGE)
+    options = Options(model, output, prompts, size, chosen, format, seed, units, runner, distill, class_name, clusters)
     console = Console(soft_wrap=True)
-    with told(), console.status("tracing") as status:
-
-        def say(line: str) -> None:
-            status.update(line)
-            console.print(Text(line))
-
-        trace(options, say)
+    with told(), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tracing", total=1.0)
+        trace(options, lambda line: console.print(Text(line)), lambda share: bar.update(task, completed=share))
     console.print(Text(f"subgraphs in {output}; next: strace-llm serve {model} --subgraphs {output}"))
 
 
 @app.command("inspect")
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="A folder that `trace` wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifests as one JSON object by class.")] = False,
+    model: Annotated[str, typer.Argument(help="The model, or a folder that `trace` wrote.")],
+    subgraphs: Annotated[
+        Path | None, typer.Option(help="Folder of its subgraphs; the embedded model brings its own.")
+    ] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Only this class, layer by layer, with all that was tried.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifests as one JSON object.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write all of it to this file, a page of its own.")] = None,
 ) -> None:
-    """Show what the subgraphs in FOLDER keep, cost and reach.
+    """Show what the subgraphs of MODEL keep, cost and reach, whether each pays and why, and how classes are told apart.
 
     Examples:
 
-        strace-llm inspect subgraphs
+        strace-llm inspect embedded
 
-        strace-llm inspect subgraphs --json | jq .code.measured
+        strace-llm inspect subgraphs --class code
 
-    Exit code 1: there is no subgraph, or one cannot be read; the message names it.
+        strace-llm inspect ./my-model --subgraphs subgraphs --html subgraphs.html
+
+        strace-llm inspect subgraphs --json | jq .subgraphs.code.measured
+
+    Exit code 1: there is no subgraph, one cannot be read, or it is of another model; the message names it.
     """
     with told():
-        manifests = {name: read_manifest(path) for name, path in find_subgraphs(folder).items()}
+        overview = open_overview(model, subgraphs, class_name)
+        if html is not None:
+            write_beside(html, render_page(overview))
     if as_json:
-        typer.echo(json.dumps({name: m.model_dump(mode="json", by_alias=True) for name, m in manifests.items()}))
+        typer.echo(json.dumps(as_record(overview)))
         return
     console = Console()
-    console.print(_tabulate(manifests))
-    for name, manifest in manifests.items():
-        console.print(Text.assemble("\n", (name, "bold"), f": {manifest.why}"), soft_wrap=True)
-        for line in draw_layers(manifest):
-            console.print(Text(line), soft_wrap=True)
-        accepted = " ".join(f"{a:.3f}" for a in manifest.measured.accepted)
-        console.print(Text(f"  accepted at draft positions 1..8: {accepted}"), soft_wrap=True)
+    console.print(show(overview, whole=class_name is not None))
+    if html is not None:
+        console.print(Text(f"\npage: {html}"), soft_wrap=True)
 
 
 @app.command("measure")
@@ -282,36 +302,3 @@ def convert_command(
                 f"{done.pre_tokenizer}, gives other ids to some text"
             )
         )
-
-
-def _tabulate(manifests: dict[str, Manifest]) -> Table:
-    first = next(iter(manifests.values()))
-    table = Table(title=f"Subgraphs of {first.base.model} (weights {first.base.weight_hash[:12]})", box=SIMPLE)
-    for column in ("class", "format", "MB/step", "share", "head", "cover", "accept", "agree", "S"):
-        table.add_column(column, justify="left" if column in ("class", "format") else "right", no_wrap=True)
-    for name, m in manifests.items():
-        chosen = next(c for c in m.candidates if c.plan == m.plan)
-        table.add_row(
-            name,
-            m.plan.format,
-            f"{m.measured.bytes_per_step / 1e6:.2f}",
-            f"{m.measured.bytes_share:.3f}",
-            str(m.head_rows),
-            f"{m.measured.coverage:.3f}",
-            f"{fmean(m.measured.accepted):.3f}",
-            f"{fmean(m.measured.agreement):.3f}",
-            f"{chosen.speedup:.2f}",
-        )
-    return table
-
-
-def draw_layers(manifest: Manifest) -> list[str]:
-    """Two lines, attention and MLP, with one bar per layer: the share of its units that is kept, blank where it
-    vanished."""
-    groups = [len(layer.groups) / manifest.base.kv_heads for layer in manifest.kept]
-    neurons = [layer.neurons / manifest.base.neurons for layer in manifest.kept]
-    bars = ("".join(_SHADES[min(8, int(share * 8 + 0.999))] for share in shares) for shares in (groups, neurons))
-    return [
-        f"  {kind:9} layer 0 |{bar}| {len(manifest.kept) - 1}"
-        for kind, bar in zip(("attention", "MLP"), bars, strict=True)
-    ]

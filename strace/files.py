@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def cache_folder() -> Path:
     """`strace-llm` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`); it need not exist yet."""
@@ -17,7 +19,11 @@ def cache_folder() -> Path:
 
 @contextmanager
 def file_beside(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` unless the block fails."""
+    """A file to write, which takes the place of `path` unless the block fails.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full, say.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.touch()
@@ -25,6 +31,8 @@ def file_beside(path: Path) -> Iterator[Path]:
         yield beside
         beside.chmod(mode)
         beside.replace(path)
+    except SafetensorError as error:  # what safetensors makes of an OSError
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ from strace.checkpoint import EMBEDDED, Checkpoint, embedded_folder, load_decode
 from strace.classes import POOLED
 from strace.compiled import CompiledRunner
 from strace.decoder import Decoder
-from strace.kv import make_cache
+from strace.kv import KVCache, make_cache
 from strace.native import NativeError
 from strace.native_runner import NativeRunner
 from strace.runner import FULL, Runner, TorchRunner
@@ -66,8 +66,9 @@ def open_graphs(
     return checkpoint, {FULL: full} | load_drafts(checkpoint, full, choose_folder(model, subgraphs))
 
 
-def make_runner(graphs: dict[str, Decoder], blocks: int, kind: str = "auto", compile: str = "auto") -> Runner:
-    """The runner of `RUNNERS` that is asked for, or the fastest there is, over an empty cache of so many blocks.
+def make_runner(graphs: dict[str, Decoder], blocks: int | KVCache, kind: str = "auto", compile: str = "auto") -> Runner:
+    """The runner of `RUNNERS` that is asked for, or the fastest there is, over an empty cache of so many blocks, or
+    over one that is in use.
 
     compile: whether the torch runner's steps are; `auto` on CUDA.
 
@@ -81,7 +82,8 @@ def make_runner(graphs: dict[str, Decoder], blocks: int, kind: str = "auto", com
     device = full.embed.device
     if compile == "on" and device.type != "cuda":
         raise ValueError(f"the torch runner compiles on cuda only, not on {device.type}")
-    cache = make_cache(full.spec, blocks, full.dtype, full.devices or [device] * full.spec.layers)
+    places = full.devices or [device] * full.spec.layers
+    cache = make_cache(full.spec, blocks, full.dtype, places) if isinstance(blocks, int) else blocks
     if kind == "native" or (kind == "auto" and device.type == "cpu"):
         try:
             return NativeRunner(graphs, cache)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from strace.checkpoint import Checkpoint
+from strace.classes import POOLED
 from strace.decoder import Decoder, Layer
 from strace.files import file_beside, folder_beside
 from strace.keep import Kept, Plan, slice_decoder
@@ -126,7 +127,8 @@ class Measured(_Record):
 
 class Manifest(_Record):
     """All that `subgraph.json` says. `recipe` is the hash of everything that the result depends on. A subgraph that
-    does not pay where it was traced is not served: `why` says so, and `pooled` drafts for the class."""
+    does not pay where it was traced is not served: `why` says so, and `pooled` drafts for the class. distilled: minutes
+    of training that the subgraph went through; 0 also where training did not pay."""
 
     schema_version: Literal[1] = 1
     class_name: str = Field(alias="class")
@@ -138,6 +140,7 @@ class Manifest(_Record):
     plan: Plan
     why: str
     pays: bool = True
+    distilled: float = 0.0
     kept: list[KeptLayer]
     head_rows: int
     measured: Measured
@@ -361,3 +364,13 @@ def load_subgraphs(folder: Path, checkpoint: Checkpoint, full: Decoder) -> dict[
     """
     paying = {name: path for name, path in find_subgraphs(folder).items() if read_manifest(path).pays}
     return {name: load_subgraph(path, checkpoint, full) for name, path in paying.items()}
+
+
+def list_unpaying(folder: Path) -> dict[str, str]:
+    """The classes of `folder` that no subgraph pays for, and why not; `pooled`, which always drafts, is not of them.
+
+    Raises:
+        BadSubgraph: naming the folder and the reason.
+    """
+    manifests = {name: read_manifest(path) for name, path in find_subgraphs(folder).items() if name != POOLED}
+    return {name: manifest.why for name, manifest in manifests.items() if not manifest.pays}

@@ -5,21 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
-from strace.classes import SHARES, BadPrompts, Classifier, Parts, Prompt, read_prompts, shipped_prompts, split_classes
+from strace.classes import (
+    SHARES,
+    BadPrompts,
+    Parts,
+    Prompt,
+    WriteChat,
+    read_log,
+    read_prompts,
+    shipped_prompts,
+    split_classes,
+)
+from strace.classifier import Classifier, Frame, fit_classifier
+from strace.cluster import Clusters, cluster_prompts, save_clusters
 from strace.controls import score_units
 from strace.costs import name_processor
 from strace.decoder import Decoder
@@ -64,6 +78,8 @@ from strace.subgraph import (
 )
 from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 
+Progress = Callable[[float], None]
+
 # Tokens read of each part. Moments of a few hundred inputs are settled by some twenty thousand rows, unit scores by
 # fewer.
 BUDGETS = {"fit": 16_384, "choose": 4_096, "report": 8_192}
@@ -75,14 +91,16 @@ ROUND_MINUTES = 5.0
 GIVEN, WRITTEN = 128, 96
 WORTH = 1.05  # a predicted speedup below this is not worth a subgraph
 COVERAGES = (0.97, 0.98, 0.99, 0.995, 1.0)
+AUTO = ("auto",)
 PLAIN = "all units, plainly rounded"  # what serves where nothing was traced
 
 
 @dataclass(frozen=True)
 class Options:
     """What `strace-llm trace` was asked for. `size`: share of the full model's bf16 bytes per step (None: the best of
-    many). `prompts`: a folder (None: the shipped ones). `classes`: only these of it (empty: all). `units`: how they are
-    scored (strace.controls). `runner`: what is timed and continues prompts. `distill`: minutes of training a class."""
+    many). `prompts`: a file or folder (None: the shipped ones). `classes`: only these of it (empty: all; `auto` alone:
+    those found in it, `clusters` of them). `class_name`: of prompts that name none. `units`: how they are scored
+    (strace.controls). `runner`: what is timed and continues prompts. `distill`: minutes of training a class."""
 
     model: str
     output: Path
@@ -94,16 +112,19 @@ class Options:
     units: str = "refit"
     runner: str = "auto"
     distill: float = 0.0
+    class_name: str | None = None
+    clusters: int | None = None
 
 
 @dataclass(frozen=True)
 class Material:
     """A class's texts, tokenised and batched, by use; `data` is what the manifest says of them. `prompts`: source and
-    ids of those that the full model continues."""
+    ids of those that the full model continues. `long`: places of those longer than its context, which are cut."""
 
     texts: dict[str, list[Texts]]
     data: dict[str, Data]
     prompts: dict[str, list[tuple[str, list[int]]]]
+    long: tuple[str, ...] = ()
 
 
 def plan_candidates(size: float | None, format: str, units: str = "refit") -> list[Plan]:
@@ -128,11 +149,16 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
     """Tokenise and cut a class's texts, each part to its budget of tokens, in an order drawn by `seed`; prompts that
     repeat an earlier part's are left out."""
     texts, data, distinct = {}, {}, drop_repeats(parts)
+    long: list[str] = []
     for use in SHARES:
         prompts: Sequence[Prompt] = getattr(distinct.parts, use)
         if not prompts:
             raise BadPrompts(f"all prompts to {use} by repeat those of earlier parts: sources differ, texts do not")
-        chosen = _draw_pieces(checkpoint, prompts, BUDGETS[use], seed)
+        ids: list[list[int]] = [checkpoint.tokenizer(prompt.text, verbose=False)["input_ids"] for prompt in prompts]
+        long += [p.place for p, own in zip(prompts, ids, strict=True) if len(own) > checkpoint.spec.context]
+        chosen = _draw_pieces(ids, min(LONGEST, checkpoint.spec.context), BUDGETS[use], seed)
+        if not chosen:
+            raise BadPrompts(f"all prompts to {use} by are empty to this model's tokenizer")
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
         texts[use] = batch_texts(chosen)
         sources = len({prompt.source for prompt in prompts})
@@ -145,7 +171,7 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
         )
     counts = {"fit": CONTINUED_TO_FIT, **CONTINUED}
     drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in counts.items()}
-    return Material(texts, data, drawn)
+    return Material(texts, data, drawn, tuple(long))
 
 
 def _draw_prompts(
@@ -161,9 +187,8 @@ def _draw_prompts(
     return found
 
 
-def _draw_pieces(checkpoint: Checkpoint, prompts: Sequence[Prompt], budget: int, seed: int) -> list[list[int]]:
-    ids = [checkpoint.tokenizer(prompt.text, verbose=False)["input_ids"] for prompt in prompts]
-    pieces = cut_pieces(ids, min(LONGEST, checkpoint.spec.context)) or [list(text) for text in ids if text]
+def _draw_pieces(ids: Sequence[Sequence[int]], longest: int, budget: int, seed: int) -> list[list[int]]:
+    pieces = cut_pieces(ids, longest) or [list(text) for text in ids if text]
     order = np.random.default_rng(seed).permutation(len(pieces))
     ends = np.cumsum([len(pieces[i]) for i in order])
     return [pieces[i] for i in order[: int((ends < budget).sum()) + 1]]
@@ -183,11 +208,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate's subgraph, what it keeps and how it does."""
+    """A candidate's subgraph, what it keeps and how it does; distilled: minutes."""
 
     subgraph: Decoder
     kept: Kept
     record: Candidate
+    distilled: float = 0.0
 
 
 class Tracer:
@@ -195,6 +221,7 @@ class Tracer:
 
     def __init__(self, checkpoint: Checkpoint, full: Decoder, options: Options, say: Callable[[str], None]) -> None:
         self.checkpoint, self.full, self.options, self.say = checkpoint, full, options, say
+        self.progress: Progress = ignore  # hears the share of a class that is done
         self.runner: Runner = make_runner({FULL: full}, count_cache(GIVEN, WRITTEN), options.runner)
         self.machine = describe_machine(full, self.runner)
         self.base = Base(
@@ -237,9 +264,8 @@ class Tracer:
             return False
         return manifest.recipe == recipe
 
-    def trace_class(self, name: str, parts: Parts) -> Manifest | None:
+    def trace_class(self, name: str, material: Material) -> Manifest | None:
         """Make and save the subgraph of a class; None when a finished one is there."""
-        material = gather_material(self.checkpoint, parts, self.options.seed)
         recipe = self.recipe(material)
         if self.finished(name, recipe):
             self.say(f"{name}: finished before")
@@ -295,7 +321,9 @@ class Tracer:
     ) -> list[Tried]:
         """Every candidate, measured on the continuations `own`; those that the Pareto front holds are marked."""
         tried: list[Tried] = []
-        for plan in self.list_plans(flow, head):
+        plans = self.list_plans(flow, head)
+        for number, plan in enumerate(plans):
+            self.progress(number / len(plans))
             kept = keep_units(flow, plan)
             headless = self.build(name, plan, kept, material, work)
             ids = head.cut(plan.coverage)
@@ -345,7 +373,7 @@ class Tracer:
         self.say(f"{name}: distilled: {_summarise(record)}")
         if record.speedup <= best.record.speedup:
             return best
-        return Tried(subgraph, best.kept, record.model_copy(update={"best": best.record.best}))
+        return Tried(subgraph, best.kept, record.model_copy(update={"best": best.record.best}), self.options.distill)
 
     def record(self, plan: Plan, subgraph: Decoder, own: Sequence[Continuation]) -> Candidate:
         """A candidate's acceptance on the full model's own text, and what that is predicted to bring."""
@@ -395,6 +423,7 @@ class Tracer:
             plan=best.record.plan,
             why=why,
             pays=pays,
+            distilled=best.distilled,
             kept=[_kept_layer(g, n) for g, n in zip(kept.groups, kept.neurons, strict=True)],
             head_rows=subgraph.head.shape[0],
             measured=Measured(
@@ -489,26 +518,128 @@ def describe_machine(full: Decoder, runner: Runner) -> Machine:
     )
 
 
-def trace(options: Options, say: Callable[[str], None] = print) -> dict[str, Manifest]:
+def ignore(share: float) -> None:
+    """Progress that nobody follows."""
+
+
+def trace(options: Options, say: Callable[[str], None] = print, progress: Progress = ignore) -> dict[str, Manifest]:
     """Trace every class and `pooled` into `options.output`, and fit the classifier; the manifests of those newly made.
+
+    Nothing is written before all prompts are read and found fit for use. progress: hears the share that is done of all
+    classes and plans.
 
     Raises:
         BadPrompts, BadCheckpoint, UnsupportedModel: see strace.classes, strace.checkpoint, strace.families.
         ValueError: for a size too small for the model.
+        OSError: something cannot be written; what was is kept, and the same call goes on there.
     """
-    classes = read_prompts(options.prompts or shipped_prompts(), options.classes)
-    checkpoint = open_checkpoint(options.model)
+    opened = cache(lambda: open_checkpoint(options.model))
+    found = find_classes(options, lambda messages: write_chat(opened(), messages))
+    checkpoint, classes = opened(), found.classes
     split = split_classes(classes, options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
+    materials = {name: _gather(checkpoint, name, parts, options.seed) for name, parts in split.items()}
+    for name in classes:
+        if long := materials[name].long:
+            say(
+                f"{name}: {len(long)} prompts are longer than the context of {checkpoint.spec.context}: cut ({long[0]})"
+            )
+    classifier = make_classifier(checkpoint, {name: split[name] for name in classes}, options.seed)
     tracer = Tracer(checkpoint, load_decoder(checkpoint, choose_dtype("cpu")), options, say)
-    fit_classifier(checkpoint, {name: split[name] for name in classes}, options.seed).save(options.output)
-    made = {name: tracer.trace_class(name, parts) for name, parts in split.items()}
+    made = {}
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        if options.classes == AUTO:
+            say(
+                f"classes {', '.join(classes)} (silhouette {found.silhouette:.2f}), by prompt in "
+                f"{save_clusters(options.output, found)}"
+            )
+        classifier.save(options.output)
+        for number, (name, material) in enumerate(materials.items()):
+            tracer.progress = partial(_report, progress, number, len(materials))
+            made[name] = tracer.trace_class(name, material)
+            tracer.progress(1.0)
+    except OSError as error:
+        raise OSError(f"{error}; what is done is kept in {options.output}, the same command goes on there") from error
     return {name: manifest for name, manifest in made.items() if manifest is not None}
 
 
-def fit_classifier(checkpoint: Checkpoint, split: dict[str, Parts], seed: int) -> Classifier:
-    """The classifier of the classes, from the texts to fit on."""
-    ids = {
-        n: [checkpoint.tokenizer(p.text, verbose=False)["input_ids"] for p in parts.fit] for n, parts in split.items()
-    }
-    return Classifier.fit(ids, checkpoint.spec.vocabulary, seed)
+def _report(progress: Progress, number: int, classes: int, share: float) -> None:
+    progress((number + share) / classes)
+
+
+def _gather(checkpoint: Checkpoint, name: str, parts: Parts, seed: int) -> Material:
+    try:
+        return gather_material(checkpoint, parts, seed)
+    except BadPrompts as error:
+        raise BadPrompts(f"class {name}: {error}") from error
+
+
+def find_classes(options: Options, write_chat: WriteChat) -> Clusters:
+    """The classes asked for, read or found.
+
+    Raises:
+        BadPrompts: see strace.classes, strace.cluster.
+    """
+    if options.classes == AUTO:
+        if options.prompts is None:
+            raise BadPrompts("--classes auto finds classes in the prompts of --prompts; there are none")
+        return cluster_prompts(read_log(options.prompts, write_chat), options.clusters, options.seed)
+    place = options.prompts or shipped_prompts()
+    return Clusters(read_prompts(place, options.classes, options.class_name, write_chat), 1.0)
+
+
+def write_chat(checkpoint: Checkpoint, messages: list[dict[str, Any]]) -> str:
+    """A conversation as the model's chat template writes it, up to the answer where a user has the last word.
+
+    Raises:
+        BadPrompts: if there is no template or it refuses the messages.
+    """
+    tokenizer = checkpoint.tokenizer
+    if tokenizer.chat_template is None:
+        raise BadPrompts(f"messages need a chat template, and {checkpoint.model} has none")
+    ask = messages[-1]["role"] != "assistant"
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except TemplateError as error:
+        raise BadPrompts(f"the chat template refuses the messages: {error}") from error
+    bos = tokenizer.bos_token
+    twice = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if twice else text
+
+
+def make_classifier(checkpoint: Checkpoint, split: Mapping[str, Parts], seed: int) -> Classifier:
+    """The classifier of the classes, fitted on what is to fit and to choose by, judged on what is to report; prompts
+    that repeat an earlier part's are left out."""
+    known, reported = {}, {}
+    for name, parts in split.items():
+        distinct = drop_repeats(parts).parts
+        known[name], reported[name] = (
+            [(p.source, checkpoint.tokenizer(p.text, verbose=False)["input_ids"]) for p in prompts]
+            for prompts in ([*distinct.fit, *distinct.choose], distinct.report)
+        )
+    return fit_classifier(
+        known,
+        reported,
+        checkpoint.spec.vocabulary,
+        tokenizer_hash=checkpoint.tokenizer_hash,
+        ignored=special_ids(checkpoint),
+        frame=read_frame(checkpoint),
+        seed=seed,
+    )
+
+
+def read_frame(checkpoint: Checkpoint) -> Frame:
+    """What the chat template puts around a user's turn; nothing where there is none."""
+    tokenizer, mark = checkpoint.tokenizer, "Zq7"
+    if tokenizer.chat_template is None:
+        return Frame()
+    turn = [{"role": "user", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # it wants more than one turn of a user
+        return Frame()
+    before, found, after = str(text).rpartition(mark)
+    if not found:
+        return Frame()
+    ids = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+    return Frame(*(tuple(part) for part in ids))

@@ -53,6 +53,7 @@ def quantiles(histogram: str) -> dict[str, str]:
 SPEEDUP = ("decode_full_equivalent_seconds_total", "decode_seconds_total")
 ACCEPTANCE = ("spec_decode_num_accepted_tokens_total", "spec_decode_num_draft_tokens_total")
 TOKENS = "generation_tokens_total"
+HELD = 'prefix_tokens_total{outcome="hit"}'
 
 PANELS = [
     Panel(
@@ -134,6 +135,28 @@ PANELS = [
         maximum=1,
     ),
     Panel(
+        "Guard by mode, class and batch",
+        "Realised speedup in paired blocks of drafting and plain full steps. Surely below 1, plain steps serve.",
+        {"{{mode}} {{class}} {{batch}}": "avg by (mode, class, batch) (strace_llm_guard_speedup_ratio)"},
+        "none",
+    ),
+    Panel(
+        "Age of the guard's baseline",
+        "Time since the last plain full step, by batch.",
+        {"batch {{batch}}": "max by (batch) (strace_llm_guard_baseline_age_seconds)"},
+        "s",
+    ),
+    Panel(
+        "Auditor by class",
+        "Evidence that routed text diverges by more than was promised: at 1 the class trips and is served exact. "
+        "Once it tripped, evidence of its recovery.",
+        {
+            "{{class}}": "max by (class) (strace_llm_auditor_evidence_ratio)",
+            "{{class}} tripped": "max by (class) (strace_llm_auditor_tripped)",
+        },
+        "none",
+    ),
+    Panel(
         "Tokens per second",
         "Generated tokens by mode, and prompt tokens.",
         {"{{mode}}": increase_rate(TOKENS, "mode"), "prompt": increase_rate("prompt_tokens_total")},
@@ -151,6 +174,19 @@ PANELS = [
         {"{{instance}}": "strace_llm_kv_cache_usage_ratio"},
         "percentunit",
         maximum=1,
+    ),
+    Panel(
+        "Prompt tokens held already",
+        "Share of the prompt tokens that were not read, because a text before began alike.",
+        {"held": f"{increase_rate(HELD)} / ({increase_rate('prefix_tokens_total')} > 0)"},
+        "percentunit",
+        maximum=1,
+    ),
+    Panel(
+        "Preemptions per second",
+        "Texts that lost their blocks of the KV cache to an older one, and were read anew.",
+        {"preemptions": increase_rate("preemptions_total")},
+        "none",
     ),
     Panel(
         "Time to first token",

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api.protocol import UNBUILT, ErrorBody, ErrorDetail, StraceOptions
-from server.engine.request import Overloaded, Refused
+from server.engine.request import Overloaded, Refused, Unavailable
 from server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, INVALID, param, code)
 
 
-def not_ready(message: str) -> ApiError:
-    """503: the engine takes no requests."""
-    return ApiError(503, message, "unavailable_error", code="not_ready", headers={"Retry-After": "1"})
+def not_ready(message: str, retry_after: int = 1) -> ApiError:
+    """503: the engine takes no requests. retry_after: in seconds."""
+    return ApiError(503, message, "unavailable_error", code="not_ready", headers={"Retry-After": str(retry_after)})
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -56,6 +56,8 @@ def as_api_error(error: Exception) -> ApiError:
         case Refused():
             options = {field.alias or name for name, field in StraceOptions.model_fields.items()}
             return invalid(str(error), f"strace.{error.param}" if error.param in options else error.param)
+        case Unavailable():
+            return not_ready(str(error), error.retry_after)
         case Overloaded():
             headers = {"Retry-After": str(error.retry_after)}
             return ApiError(429, str(error), "rate_limit_error", code="overloaded", headers=headers)

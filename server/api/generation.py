@@ -16,13 +16,21 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.background import BackgroundTask
 
 from server.api.errors import ApiError, count
-from server.api.protocol import ErrorBody, Reply, RequestMetrics, SpeculativeDecoding, StraceReport, Usage
+from server.api.protocol import (
+    ErrorBody,
+    PromptDetails,
+    Reply,
+    RequestMetrics,
+    SpeculativeDecoding,
+    StraceReport,
+    Usage,
+)
 from server.api.served import Engine
 from server.engine.request import Ran, Request, Update
 from server.metrics import Metrics
 
 T = TypeVar("T")
-DRAIN_SECONDS = 10
+SEND_SECONDS = 5  # for what was generated before the server stopped to reach its readers
 
 
 class ClientGone(Exception):
@@ -152,14 +160,20 @@ def event_stream(
         background=BackgroundTask(generation.cancel),
         # Streams may end on their own when the server is told to stop.
         shutdown_event=anyio.Event(),
-        shutdown_grace_period=DRAIN_SECONDS,
+        shutdown_grace_period=SEND_SECONDS,
     )
 
 
 def count_usage(rans: Sequence[Ran], n: int = 1) -> Usage:
     """Token counts over all texts of a response; the `n` answers to a prompt, one behind the other, share it."""
     prompt, completion = sum(ran.prompt_tokens for ran in rans[::n]), sum(ran.tokens for ran in rans)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    cached = PromptDetails(cached_tokens=sum(ran.cached_tokens for ran in rans[::n]))
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=cached,
+    )
 
 
 def reports(rans: Sequence[Ran]) -> StraceReport | list[StraceReport]:
@@ -201,6 +215,7 @@ def report(ran: Ran) -> StraceReport:
         unverified=ran.unverified,
         divergent=ran.divergent,
         realised_speedup=ran.speedup,
+        risk=ran.risk,
         bypass=ran.bypass,
     )
 

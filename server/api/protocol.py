@@ -28,6 +28,7 @@ UNBUILT = frozenset(
         "prompt_cache_retention",
         "reasoning",
         "reasoning_effort",
+        "response_format",
         "suffix",
         "verbosity",
         "web_search_options",
@@ -67,10 +68,25 @@ class StraceOptions(Body):
     mode: ModeName | None = Field(None, description="exact, routed, full or auto")
     class_name: str | None = Field(None, alias="class", description="prompt class whose subgraph drafts")
     threshold: float | None = Field(
-        None, ge=0, le=1, description="routed: confidence from which a token is emitted unverified"
+        None, ge=0, le=1, description="routed: confidence from which a token is emitted unverified; promises nothing"
+    )
+    risk: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="routed: most mean divergence, kept with 95 % confidence; exact where not certified",
     )
     max_draft: int | None = Field(None, ge=0, description="most tokens drafted before a full pass; 0: none")
     metrics: bool = Field(False, description="whether the response has `metrics.speculative_decoding`, as vLLM's has")
+
+    @model_validator(mode="after")
+    def check_risk(self) -> StraceOptions:
+        """A risk that nothing looks at would be a promise that nobody keeps."""
+        if self.risk is not None and self.threshold is not None:
+            raise PydanticCustomError("risk", "not with `threshold`, which promises none", {"field": "risk"})
+        if self.risk is not None and self.mode in ("exact", "full"):
+            raise PydanticCustomError("risk", "only with the mode `routed`", {"field": "risk"})
+        return self
 
 
 class TextPart(Body):
@@ -125,13 +141,12 @@ class Message(Body):
 
 
 class Function(Body):
-    """A function the model may call; `parameters` is a JSON schema, which it is held to where it must call or where any
-    tool is `strict`."""
+    """A function the model may call; `parameters` is a JSON schema, which the model is told but not held to."""
 
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Literal[False] | None = None
 
 
 class Tool(Body):
@@ -139,74 +154,6 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
-
-
-class FunctionChoice(Body):
-    """The function that must be called."""
-
-    name: FunctionName
-
-
-class NamedTool(Body):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: FunctionChoice
-
-
-class TextFormat(Body):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class NamedSchema(Body):
-    """A JSON schema; the answer follows it whether `strict` or not."""
-
-    name: FunctionName
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(Body):
-    """JSON that follows a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
-class StructuredOutputs(Body):
-    """What the text must follow, as vLLM has it: one of these."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
-    grammar: str | None = Field(None, description="Lark as llguidance has it, or GBNF")
-    json_object: Literal[True] | None = None
-
-    @property
-    def kind(self) -> str:
-        """The one that is given."""
-        return next(iter(self.model_dump(exclude_none=True, by_alias=True)))
-
-    @model_validator(mode="after")
-    def check_one(self) -> StructuredOutputs:
-        """Several would contradict each other."""
-        if len(self.model_dump(exclude_none=True)) != 1:
-            names = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
-            message = f"exactly one of {names} is needed"
-            raise PydanticCustomError("structured_outputs", message, {"param": "structured_outputs"})
-        return self
 
 
 class AnyRequest(Body):
@@ -252,17 +199,6 @@ class GenerationRequest(AnyRequest):
     ignore_eos: bool = Field(False, description="go on behind the model's own end of text")
     min_tokens: int = Field(0, ge=0, description="tokens before which nothing of the two above may end the text")
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-
-    @model_validator(mode="after")
-    def check_formats(self) -> GenerationRequest:
-        """Two formats would contradict each other."""
-        if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
-            raise PydanticCustomError(
-                "structured_outputs", "not with `response_format`", {"param": "structured_outputs"}
-            )
-        return self
 
     @model_validator(mode="after")
     def check_stream_options(self) -> GenerationRequest:
@@ -302,7 +238,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to the chat template")
 
@@ -326,9 +262,6 @@ class ChatRequest(GenerationRequest):
         """A choice among no tools would be silently ignored otherwise."""
         if self.tool_choice is not None and self.tools is None:
             raise PydanticCustomError("tool_choice", "only allowed with `tools`", {"param": "tool_choice"})
-        names = {tool.function.name for tool in self.tools or ()}
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise PydanticCustomError("tool_choice", "is not one of `tools`", {"param": "tool_choice.function.name"})
         return self
 
     @property
@@ -377,12 +310,19 @@ class CompletionRequest(GenerationRequest):
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
 
+class PromptDetails(Reply):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int = Field(0, description="tokens that were not read, since a text before began alike")
+
+
 class Usage(Reply):
     """Token counts of a response, over all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
 
 
 class StraceReport(Reply):
@@ -399,7 +339,8 @@ class StraceReport(Reply):
         description="unverified tokens other than the full model's choice, their expected number if sampled"
     )
     realised_speedup: float | None = Field(description="the full model's time for these tokens / time taken")
-    bypass: str | None = Field(description="why nothing was drafted, if nothing was")
+    risk: float | None = Field(description="the mean divergence promised, if one is")
+    bypass: str | None = Field(description="why the mode asked for, or drafting, was done without")
 
 
 class SpeculativeDecoding(Reply):

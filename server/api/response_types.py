@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
 from server.api.protocol import (
     AnyRequest,
@@ -13,17 +12,12 @@ from server.api.protocol import (
     CalledFunction,
     ChatRequest,
     Function,
-    FunctionChoice,
     FunctionName,
-    JsonObjectFormat,
-    JsonSchemaFormat,
     Message,
-    NamedSchema,
-    NamedTool,
+    PromptDetails,
     Reply,
     RequestMetrics,
     StraceReport,
-    TextFormat,
     Tool,
     ToolCall,
     is_none,
@@ -114,36 +108,19 @@ class FunctionTool(Body):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Literal[False] | None = None
 
 
-class FunctionToolChoice(Body):
-    """The function that must be called."""
+class PlainText(Body):
+    """The only format of text so far."""
 
-    type: Literal["function"]
-    name: FunctionName
-
-
-class SchemaFormat(NamedSchema):
-    """JSON that follows a schema."""
-
-    type: Literal["json_schema"]
+    type: Literal["text"]
 
 
-class TextOptions(Item):
+class TextOptions(Body):
     """How the answer is written."""
 
-    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] = TextFormat(
-        type="text"
-    )
-
-    @property
-    def as_chat(self) -> TextFormat | JsonObjectFormat | JsonSchemaFormat:
-        """The same in the words of `/v1/chat/completions`."""
-        if not isinstance(self.format, SchemaFormat):
-            return self.format
-        named = NamedSchema(**self.format.model_dump(exclude={"type"}, by_alias=True))
-        return JsonSchemaFormat(type="json_schema", json_schema=named)
+    format: PlainText = PlainText(type="text")
 
 
 class ResponsesRequest(AnyRequest):
@@ -153,31 +130,16 @@ class ResponsesRequest(AnyRequest):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     tools: Annotated[list[FunctionTool], Field(max_length=128)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice = "auto"
+    tool_choice: Literal["none", "auto"] = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
     truncation: Literal["disabled"] = "disabled"
-
-    @model_validator(mode="after")
-    def check_tools(self) -> ResponsesRequest:
-        """What must be called must be there."""
-        choice = self.tool_choice
-        if isinstance(choice, FunctionToolChoice) and choice.name not in {tool.name for tool in self.tools}:
-            raise PydanticCustomError("tool_choice", "is not one of `tools`", {"param": "tool_choice.name"})
-        if choice == "required" and not self.tools:
-            raise PydanticCustomError("tool_choice", "only allowed with `tools`", {"param": "tool_choice"})
-        return self
 
     def as_chat(self) -> ChatRequest:
         """The same request to `/v1/chat/completions`."""
         tools = [
             Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in self.tools
         ] or None
-        choice = self.tool_choice
-        if isinstance(choice, FunctionToolChoice):
-            chosen: Any = NamedTool(type="function", function=FunctionChoice(name=choice.name))
-        else:
-            chosen = choice if tools else None
         return ChatRequest(
             model=self.model,
             messages=self.messages,
@@ -187,8 +149,7 @@ class ResponsesRequest(AnyRequest):
             top_k=self.top_k,
             seed=self.seed,
             tools=tools,
-            tool_choice=chosen,
-            response_format=self.text.as_chat,
+            tool_choice=self.tool_choice if tools else None,
             parallel_tool_calls=self.parallel_tool_calls,
             strace=self.strace,
         )
@@ -266,12 +227,6 @@ class OutputCall(Reply):
 OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
-class InputDetails(Reply):
-    """Of the prompt's tokens."""
-
-    cached_tokens: int = 0
-
-
 class OutputDetails(Reply):
     """Of the answer's tokens."""
 
@@ -282,7 +237,7 @@ class ResponseUsage(Reply):
     """Token counts."""
 
     input_tokens: int
-    input_tokens_details: InputDetails = InputDetails()
+    input_tokens_details: PromptDetails = PromptDetails()
     output_tokens: int
     output_tokens_details: OutputDetails = OutputDetails()
     total_tokens: int
@@ -313,7 +268,7 @@ class Response(Reply):
     store: Literal[False] = False
     temperature: float
     text: TextOptions
-    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice
+    tool_choice: Literal["none", "auto"]
     tools: list[FunctionTool]
     top_p: float
     truncation: Literal["disabled"] = "disabled"

@@ -12,9 +12,10 @@ from fastapi import Response as HttpResponse
 from fastapi.concurrency import run_in_threadpool
 
 from server.api import chat
-from server.api.errors import DOCUMENTED, ApiError, as_api_error, count, invalid
+from server.api.errors import DOCUMENTED, ApiError, count, invalid
 from server.api.generation import Generation, event_stream, final_ran, report, request_metrics, while_connected
 from server.api.output import Answer, Call, Part, Reader, Thought
+from server.api.protocol import PromptDetails
 from server.api.response_types import (
     Event,
     Incomplete,
@@ -30,16 +31,12 @@ from server.api.response_types import (
     Status,
 )
 from server.api.served import Served, served_model
-from server.engine.request import Refused, Update
 from server.engine.request import Request as EngineRequest
+from server.engine.request import Update
 
 router = APIRouter()
 STREAM: dict[str, Any] = {"text/event-stream": {}}
-OWN_NAMES = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "response_format.json_schema.schema": "text.format.schema",
-}
+OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
 
 
 def prepare(served: Served, body: ResponsesRequest, id: str) -> tuple[list[EngineRequest], list[Reader]]:
@@ -48,8 +45,7 @@ def prepare(served: Served, body: ResponsesRequest, id: str) -> tuple[list[Engin
         raise invalid("`input` has nothing to answer", "input")
     try:
         return chat.prepare(served, body.as_chat(), id)
-    except (ApiError, Refused) as raised:
-        error = as_api_error(raised)
+    except ApiError as error:
         detail = error.detail
         raise ApiError(
             error.status,
@@ -58,7 +54,7 @@ def prepare(served: Served, body: ResponsesRequest, id: str) -> tuple[list[Engin
             OWN_NAMES.get(detail.param or "", detail.param),
             detail.code,
             error.headers,
-        ) from raised
+        ) from error
 
 
 @router.post("/v1/responses", response_model=Response, responses={200: {"content": STREAM}, **DOCUMENTED})
@@ -200,8 +196,12 @@ class Writer:
         status: Status = "in_progress" if last is None else _status(last)
         usage = None
         if ran is not None:
-            total = ran.prompt_tokens + ran.tokens
-            usage = ResponseUsage(input_tokens=ran.prompt_tokens, output_tokens=ran.tokens, total_tokens=total)
+            usage = ResponseUsage(
+                input_tokens=ran.prompt_tokens,
+                input_tokens_details=PromptDetails(cached_tokens=ran.cached_tokens),
+                output_tokens=ran.tokens,
+                total_tokens=ran.prompt_tokens + ran.tokens,
+            )
         return Response(
             id=self._id,
             created_at=self._created,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,11 +13,9 @@ from fastapi import Request as HttpRequest
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from server.api.constrain import constrain, constrain_chat
 from server.api.errors import ApiError, invalid, not_ready
 from server.api.output import THINK, CallFormat, Reader
 from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message, StraceOptions
-from server.engine.grammar import Grammar, Grammars, Part
 from server.engine.request import Deliver, Mode, Request
 from server.metrics import Metrics
 from strace.sampling import SamplingParams
@@ -55,7 +54,9 @@ class Served:
     """One model behind the API.
 
     name: as requests call it; `name:CLASS` and `name:MODE` choose a class or mode by name alone. context: in tokens.
-    classes: those with a subgraph. mode: for requests that name none. max_queue: requests that may wait.
+    classes: those that requests may name. mode: for requests that name none. max_queue: requests that may wait.
+    cache: tokens that the KV cache holds. reload: reads the subgraphs again and gives the classes that there are then;
+    it raises if that cannot be done, and nothing has changed.
     """
 
     name: str
@@ -65,13 +66,14 @@ class Served:
     context: int
     classes: tuple[str, ...]
     metrics: Metrics
-    grammars: Grammars
     mode: Mode = Mode.AUTO
     max_queue: int = 64
     max_draft: int = 8
+    cache: int = 0
     timeout: float | None = None
     calls: CallFormat | None = None
     thinks: bool = False
+    reload: Callable[[], tuple[str, ...]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -103,7 +105,9 @@ class Served:
         if class_name is not None and class_name not in self.classes:
             known = ", ".join(self.classes) or "none"
             raise invalid(f"unknown class {class_name!r}; known: {known}", "strace.class")
-        return Mode(mode or self.mode), class_name
+        # Who names a risk asks for what is routed at it.
+        default = self.mode if options.risk is None else Mode.ROUTED
+        return Mode(mode or default), class_name
 
     def write_chat(self, messages: list[Message], generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as the model's chat template writes it, ready for the answer. variables: the template's."""
@@ -135,17 +139,6 @@ class Served:
         thinking = self.thinks and prompt.rstrip().endswith(THINK)
         return Reader(self.calls if body.callable else None, self.thinks, thinking, body.parallel_tool_calls)
 
-    def chat_grammar(self, body: ChatRequest, prompt: str) -> Grammar | None:
-        """What an answer to `prompt` must follow."""
-        return self._compile(constrain_chat(body, self.calls, self.tokenizer, self.thinks, prompt))
-
-    def completion_grammar(self, body: CompletionRequest) -> Grammar | None:
-        """What a continuation must follow."""
-        return self._compile(constrain(body))
-
-    def _compile(self, asked: tuple[list[Part], str] | None) -> Grammar | None:
-        return None if asked is None else self.grammars.compile(*asked)
-
     def encode_chat(self, text: str) -> list[int]:
         """A conversation that `write_chat` wrote, as token ids."""
         return self.encode_text(text, add_special_tokens=False)
@@ -163,20 +156,13 @@ class Served:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def make_requests(
-        self,
-        body: GenerationRequest,
-        prompt: list[int],
-        limit: int | None,
-        default: int | None,
-        param: str,
-        id: str,
-        grammar: Grammar | None = None,
+        self, body: GenerationRequest, prompt: list[int], limit: int | None, default: int | None, param: str, id: str
     ) -> list[Request]:
         """The engine's requests for one prompt, one per answer asked for; a seed gives each answer one of its own.
 
         limit: tokens asked for; default: where none are, None for the rest of the context. param: the prompt's field.
         """
-        request = replace(self._make_request(body, prompt, limit, default, param, id), grammar=grammar)
+        request = self._make_request(body, prompt, limit, default, param, id)
         return [
             replace(request, id=f"{id}-{i}", params=replace(request.params, seed=_seed_of(body.seed, i)))
             for i in range(body.n)
@@ -212,6 +198,7 @@ class Served:
             mode=mode,
             class_name=class_name,
             threshold=body.strace.threshold,
+            risk=body.strace.risk,
             max_draft=body.strace.max_draft,
             stop_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from server.engine.check import Limits
-from server.engine.cost import measure_start
-from server.engine.engine import Chooser, Engine
+from server.engine.cost import make_model, measure_start
+from server.engine.engine import Chooser, Drafts, Engine
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
+from strace.certificate import Setting, load_certificates
 from strace.checkpoint import BadCheckpoint, Checkpoint, load_decoder, open_checkpoint
-from strace.classes import Classifier
+from strace.classes import POOLED
+from strace.classifier import Classifier
+from strace.costs import describe_setting, load_table
 from strace.decoder import Decoder
 from strace.graphs import choose_dtype, choose_folder, load_drafts, make_runner
 from strace.kv import BLOCK, block_bytes
 from strace.runner import FULL
+from strace.subgraph import list_unpaying
 
 _MEMORY_SHARE = 0.25  # of the memory still free once the weights are loaded: what the cache takes unless told otherwise
 
@@ -56,21 +61,23 @@ def build_engine(
     engine will run.
 
     Raises:
-        BadCheckpoint, UnsupportedModel, BadSubgraph: see strace.checkpoint, strace.families, strace.subgraph.
+        BadCheckpoint, UnsupportedModel, BadSubgraph, BadClassifier: see the modules of strace that they are in.
         ValueError: for an unknown dtype, a runner that cannot be had, a device that cannot compile, or memory that does
             not hold one block of the cache.
     """
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
-    full = load_decoder(checkpoint, choose_dtype(where.device, where.dtype), where.device, where.max_memory)
+    dtype = choose_dtype(where.device, where.dtype)
+    full = load_decoder(checkpoint, dtype, where.device, where.max_memory)
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
-    chooser: Chooser | None = None if folder is None else Classifier.load(folder)
+    chooser: Chooser | None = None if folder is None else Classifier.load(folder, checkpoint.tokenizer_hash)
     tokenizer = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
     if tokenizer is None:
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
     blocks = count_blocks(full, where.kv_memory, options.max_running)
     runner = make_runner({FULL: full, **drafts}, blocks, where.runner, where.compile)
+    certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype))
     engine = Engine(
         runner,
         tokenizer,
@@ -79,11 +86,59 @@ def build_engine(
         limits=Limits(full.spec.context, full.spec.vocabulary),
         cost=measure_start(runner, checkpoint.weight_hash),
         chooser=chooser,
+        unpaying={} if folder is None else list_unpaying(folder),
         observer=observer,
         options=options,
         worker=worker,
+        certificates=certificates,
     )
     return engine, checkpoint
+
+
+def reload_drafts(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    subgraphs: Path | None = None,
+    placement: Placement | None = None,
+    trust_remote_code: bool = False,
+) -> Future[None]:
+    """Read the subgraphs again and let a built engine draft with them; done once it does. The arguments are those that
+    it was built from. To be called in a thread of its own: decoding goes on meanwhile.
+
+    A runner that keeps its weights in a form of its own gets the full model anew with them, so that for a while there
+    are two.
+
+    Raises:
+        BadCheckpoint: the full model itself has changed.
+        And what `build_engine` raises; the engine then keeps what it has.
+    """
+    where, old = placement or Placement(), engine.runner
+    again = open_checkpoint(checkpoint.model, where.context, trust_remote_code)
+    if again.weight_hash != checkpoint.weight_hash:
+        raise BadCheckpoint(
+            f"the weights of model {checkpoint.model!r} have changed; start the server anew to serve them"
+        )
+    full, dtype = old.graphs[FULL], choose_dtype(where.device, where.dtype)
+    if full.embed.is_meta:
+        full = load_decoder(again, dtype, where.device, where.max_memory)
+    folder = choose_folder(checkpoint.model, subgraphs)
+    drafts = load_drafts(again, full, folder)
+    runner = make_runner(
+        {FULL: full, **drafts}, old.cache, "native" if old.name == "native" else "torch", where.compile
+    )
+    pooled = old.graphs[POOLED].bytes_per_step
+    cost = engine.cost.estimate({name: graph.bytes_per_step / pooled for name, graph in drafts.items()})
+    table = load_table(describe_setting(runner, checkpoint.weight_hash))
+    return engine.swap(
+        Drafts(
+            runner,
+            tuple(drafts),
+            cost if table is None else make_model(table.costs),
+            None if folder is None else Classifier.load(folder, again.tokenizer_hash),
+            {} if folder is None else list_unpaying(folder),
+            {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype)),
+        )
+    )
 
 
 def count_blocks(full: Decoder, kv_memory: int | None, max_running: int) -> int:

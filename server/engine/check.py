@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.engine.blocks import BlockPool
-from server.engine.request import Refused, Request
+from server.engine.request import Mode, Refused, Request
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ def check(request: Request, limits: Limits, stop_ids: frozenset[int], pool: Bloc
     """
     _check_ids(request, limits.vocabulary, stop_ids)
     _check_lengths(request)
+    _check_risk(request)
     tokens = len(request.prompt) + request.max_tokens
     if len(request.prompt) >= limits.context:
         raise Refused(f"the prompt has {len(request.prompt)} tokens, the model's context {limits.context}", "prompt")
@@ -63,3 +64,14 @@ def _check_lengths(request: Request) -> None:
         raise Refused(f"max_draft must not be negative, got {request.max_draft}", "max_draft")
     if "" in request.stop:
         raise Refused("a stop string is empty", "stop")
+
+
+def _check_risk(request: Request) -> None:
+    if request.risk is None:
+        return
+    if not 0 < request.risk < 1:
+        raise Refused(f"risk must lie between 0 and 1, got {request.risk}", "risk")
+    if request.threshold is not None:
+        raise Refused("a threshold promises no risk; name one of the two", "risk")
+    if request.mode not in (Mode.ROUTED, Mode.AUTO):
+        raise Refused(f"mode {request.mode.value!r} takes no risk", "risk")

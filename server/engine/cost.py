@@ -4,10 +4,11 @@ passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from strace.classes import POOLED
 from strace.costs import (
     TYPICAL,
     Case,
@@ -54,6 +55,15 @@ class CostModel:
 
     def _factor(self, graph: str) -> float:
         return self._level[FULL] if graph == FULL else self._level[FULL] * self._level[graph]
+
+    def estimate(self, shares: Mapping[str, float]) -> CostModel:
+        """A model for other drafts, none of which was measured: each like `pooled`, times its share of the bytes that
+        `pooled` read. Live passes put it right."""
+        other, step = CostModel({}), self.table(POOLED) / self._factor(FULL)
+        other._tables = {FULL: self._tables[FULL]} | {graph: step * share for graph, share in shares.items()}
+        other._level = {FULL: self._level[FULL]} | dict.fromkeys(shares, 1.0)
+        other._seen = {FULL: self._seen[FULL]} | dict.fromkeys(shares, 0)
+        return other
 
     def observe(self, graph: str, passes: Iterable[int], seconds: float) -> None:
         """Learn from live passes over so many tokens each, which took `seconds` together."""

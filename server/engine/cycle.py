@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from server.engine.cost import CostModel
+from server.engine.guard import Guard, Key, Turn
 from server.engine.options import Options
-from server.engine.request import Mode, Refused
+from server.engine.request import Mode
 from server.engine.scheduler import Plan
 from server.engine.sequence import Sequence
 from server.engine.settle import settle
@@ -30,33 +32,39 @@ PROBE = 4  # drafts of a probe
 class Cycle:
     """What all steps share."""
 
-    def __init__(self, runner: Runner, cost: CostModel, speculation: Speculation, options: Options) -> None:
-        self.runner, self.cost, self.speculation = runner, cost, speculation
+    def __init__(
+        self, runner: Runner, cost: CostModel, speculation: Speculation, guard: Guard, options: Options
+    ) -> None:
+        self.runner, self.cost, self.speculation, self.guard = runner, cost, speculation, guard
         self._options = options
+        self._turn = Turn(0)
 
     def draft(self, plan: Plan) -> None:
-        """Draw drafts, batched per subgraph, where they pay, and book them."""
+        """Draw drafts, batched per subgraph, where the guard lets them and they pay, and book them."""
+        keys = {_key(s) for s in plan.decoding if s.ran.mode != Mode.FULL}
+        self._turn = turn = self.guard.turn(keys, len(plan.decoding), measurable=not plan.chunks)
         planned = len(plan.decoding) + sum(plan.chunks.values())
         by_graph: dict[str, list[Sequence]] = {}
         for sequence in plan.decoding:
-            if sequence.ran.mode != Mode.FULL:
+            if sequence.ran.mode != Mode.FULL and turn.allows(_key(sequence)):
                 by_graph.setdefault(sequence.ran.class_name, []).append(sequence)
         for graph, sequences in by_graph.items():
             rule = self.speculation.rule(graph, planned, len(plan.decoding))
-            rule, limits = self._choose_drafting(rule, {s: s.limits(self._options) for s in sequences})
+            rule, limits = self._choose_drafting(graph, rule, {s: s.limits(self._options) for s in sequences})
             if limits:
                 drafting = DraftPlan([s.sampler() for s in limits], list(limits.values()), rule)
                 planned += self._draft_with(graph, drafting, list(limits))
 
     def _choose_drafting(
-        self, rule: GainRule, limits: dict[Sequence, DraftLimits]
+        self, graph: str, rule: GainRule, limits: dict[Sequence, DraftLimits]
     ) -> tuple[GainRule, dict[Sequence, DraftLimits]]:
-        """The sequences of one graph that shall draw, and the rule they draw by. Where none does, now and then all of
-        them probe: several drafts each, because the cost of a lone one would be mostly that of the call."""
+        """The sequences of one graph that shall draw, and the rule they draw by. Where none does and the guard probes,
+        all of them do: several drafts each, because the cost of a lone one would be mostly that of the call."""
         able = {s: limit for s, limit in limits.items() if limit.left() > 0}
         paying = {s: limit for s, limit in able.items() if rule.pays(1.0, len(able), 0, limit.left())}
-        if paying or not able or not self.speculation.probes():
+        if paying or not able or not self._turn.probe:
             return rule, paying
+        self._turn.forced.add(graph)
         probing = {
             s: replace(limit, held=min(PROBE, limit.held), emitted=min(PROBE, limit.emitted))
             for s, limit in able.items()
@@ -68,9 +76,10 @@ class Cycle:
         begun = time.perf_counter()
         drafts = self.runner.draft(graph, _batch({s: s.ids[s.verified :] for s in sequences}), plan)
         alive = count_alive(drafts)
-        if alive:  # a grammar may leave a short head nothing to draw
-            self.cost.observe(graph, alive, time.perf_counter() - begun)
+        self._turn.drafting[graph] = time.perf_counter() - begun
+        self.cost.observe(graph, alive, self._turn.drafting[graph])
         for sequence, draft in zip(sequences, drafts, strict=True):
+            self._turn.drafted[_key(sequence)] += len(draft.tokens)
             sequence.book(draft)
         return sum(alive)
 
@@ -101,9 +110,6 @@ class Cycle:
                 continue
             try:
                 judged = settle(sequence, rows, self.runner)
-            except Refused as error:
-                failed[sequence] = error
-                continue
             except Exception as error:
                 logger.exception("request %s failed", sequence.request.id)
                 failed[sequence] = error
@@ -118,12 +124,21 @@ class Cycle:
         before: tokens of each text before the step. A plain step, without drafts, is what the full model needs: no
         estimate is asked.
         """
-        full_step = seconds if plain else self.cost.seconds(FULL, len(before))
+        full_step = seconds if plain else self.guard.full_step(len(before)) or self.cost.seconds(FULL, len(before))
         for sequence, tokens in before.items():
             sequence.ran.seconds += seconds
             sequence.ran.full_seconds += (sequence.ran.tokens - tokens) * full_step
         added = sum(s.ran.tokens - n for s, n in before.items())
         self.speculation.paced(added, len(before), seconds)
+        gained = Counter[Key]()
+        for sequence, tokens in before.items():
+            gained[_key(sequence)] += max(sequence.ran.tokens - tokens - 1, 0)
+        self.guard.book(self._turn, seconds, gained)
+
+
+def _key(sequence: Sequence) -> Key:
+    """What a text is judged by."""
+    return sequence.ran.mode, sequence.ran.class_name
 
 
 def _batch(tokens: dict[Sequence, list[int]]) -> Batch:

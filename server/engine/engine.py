@@ -11,28 +11,32 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from server.engine.auditor import Auditor
 from server.engine.blocks import BlockPool, blocks_for
 from server.engine.check import Limits, check
 from server.engine.cost import CostModel
 from server.engine.cycle import Cycle
 from server.engine.faults import lacks_memory
+from server.engine.guard import Guard
 from server.engine.observer import Nobody, Observer, Step
 from server.engine.options import Options
 from server.engine.request import Deliver, Mode, Ran, Refused, Request, Unavailable
+from server.engine.risk import Gate, Promises
 from server.engine.scheduler import Plan, Scheduler
-from server.engine.sequence import Sequence, Times
+from server.engine.sequence import Sequence, Shadow, Times
 from server.engine.speculation import Speculation
 from server.engine.text import Text
 from server.engine.worker import Worker
+from strace.certificate import Certificate
 from strace.classes import POOLED
 from strace.kv import Batch
 from strace.runner import FULL, Runner
@@ -49,6 +53,19 @@ class Chooser(Protocol):
     """Picks the class of a prompt."""
 
     def choose(self, ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What an engine drafts with: a runner over the engine's cache with the same full model, its graphs that can draft,
+    what they cost, and the rest as `Engine` takes it."""
+
+    runner: Runner
+    classes: tuple[str, ...]
+    cost: CostModel
+    chooser: Chooser | None
+    unpaying: Mapping[str, str]
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,8 @@ class Handle:
 class Engine:
     """Decodes many texts at once, in any mode, over one cache.
 
-    drafts: names of the runner's graphs that can draft, `pooled` among them if there are any.
+    drafts: names of the runner's graphs that can draft, `pooled` among them if there are any. unpaying: classes that
+    requests may name although no subgraph pays for them, and why not; `pooled` drafts for them.
     """
 
     def __init__(
@@ -93,27 +111,39 @@ class Engine:
         limits: Limits,
         cost: CostModel,
         chooser: Chooser | None = None,
+        unpaying: Mapping[str, str] | None = None,
         observer: Observer | None = None,
         options: Options | None = None,
         worker: Worker | None = None,
+        guard: Guard | None = None,
+        certificates: Mapping[str, Certificate] | None = None,
     ) -> None:
         self.options = options or Options()
         self.limits = limits
         self.classes = tuple(drafts)
+        self.unpaying = dict(unpaying or {})
         self.observer: Observer = observer or Nobody()
         self.scheduler = Scheduler(BlockPool(runner.cache.blocks), self.options)
         self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
-        always = self.options.draft_length is not None
-        speculation = Speculation(cost, self.classes, self._stop_ids, always)
-        self.cycle = Cycle(runner, cost, speculation, self.options)
+        self.guard = guard or Guard(cost.table(FULL), active=self.options.draft_length is None)
+        self.auditor = Auditor()
+        self.cycle = self._make_cycle(runner, cost)
         self._chooser = chooser
+        self._promises = Promises(certificates or {}, self.options.risk)
         self._seeds = random.Random(self.options.seed) if self.options.seed is not None else random.SystemRandom()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._draining = self._abandoned = False
+        self._next: tuple[Drafts, Future[None]] | None = None
+        self._busy_since: float | None = None
         self._worker = worker or Worker()
         self._loop_done: Future[None] | None = None
         self._marked: float | None = None
         self._proven = False
+
+    def _make_cycle(self, runner: Runner, cost: CostModel) -> Cycle:
+        always = self.options.draft_length is not None
+        speculation = Speculation(cost, self.classes, self._stop_ids, always)
+        return Cycle(runner, cost, speculation, self.guard, self.options)
 
     @property
     def runner(self) -> Runner:
@@ -142,25 +172,30 @@ class Engine:
             Unavailable: if no requests are taken any more.
         """
         check(request, self.limits, self._stop_ids, self.pool)
-        mode, class_name, bypass = self._resolve(request)
+        mode, class_name, gate, bypass = self._resolve(request)
+        tripped = self.auditor.tripped(class_name) if mode == Mode.ROUTED else None
+        if tripped is not None:
+            mode, bypass = Mode.EXACT, tripped
         seed = request.params.seed
         noise = Noise(seed, shared=True) if seed is not None else Noise(self._seeds.getrandbits(64), shared=False)
-        stop_ids = (frozenset() if request.ignore_eos else self._stop_ids) | frozenset(request.stop_ids)
         sequence = Sequence(
             request,
             noise,
             Text(self._tokenizer, request.prompt, request.stop, request.specials),
-            stop_ids,
-            Ran(mode, class_name, len(request.prompt), bypass=bypass),
+            (frozenset() if request.ignore_eos else self._stop_ids) | frozenset(request.stop_ids),
+            Ran(mode, class_name, len(request.prompt), bypass=bypass, risk=None if tripped else gate.risk),
             deliver,
             Times(time.monotonic()),
-            self.options.threshold if request.threshold is None else request.threshold,
+            gate,
             torch.zeros(blocks_for(self.limits.context), dtype=torch.int64),
-            None if request.grammar is None else request.grammar.begin(stop_ids, request.min_tokens),
+            Shadow() if tripped is not None else None,
         )
         with self._wake:
             if self._stopping:
                 raise Unavailable("the engine is stopping")
+            if self._draining:
+                raise Unavailable("the server is shutting down")
+            self._adapt(sequence)
             self.scheduler.add(sequence)
             self._wake.notify()
         return Handle(self, sequence)
@@ -175,6 +210,11 @@ class Engine:
         """Start the loop in the worker's thread."""
         self._loop_done = self._worker.submit(self._loop)
 
+    def drain(self) -> None:
+        """Take no more requests; those there are go on."""
+        with self._wake:
+            self._draining = True
+
     def stop(self) -> None:
         """Let the step in progress end, fail what is left, and wait for the loop to end."""
         with self._wake:
@@ -182,13 +222,46 @@ class Engine:
             self._wake.notify()
         if self._loop_done is None:
             self._close()
-        else:
+        elif not self._abandoned:
             wait([self._loop_done])
+
+    def abandon(self, reason: str) -> None:
+        """Fail what there is, and take no more requests, without the engine's thread, which is stuck or gone: whatever
+        it still does reaches nobody."""
+        self._abandoned = True
+        self._close(reason)
+
+    def swap(self, drafts: Drafts) -> Future[None]:
+        """Draft with others from the next step on. What runs goes on; a text whose class is gone, with `pooled`."""
+        done: Future[None] = Future()
+        with self._wake:
+            self._next = drafts, done
+            self._wake.notify()
+        return done
 
     @property
     def running(self) -> bool:
         """Whether requests are taken and worked on."""
-        return self._loop_done is not None and not self._loop_done.done() and not self._stopping
+        working = self._loop_done is not None and not self._loop_done.done()
+        return working and not (self._stopping or self._draining)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the step in progress has taken; 0 while there is none."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def death(self) -> str | None:
+        """Why its thread has ended without being told to, if it has."""
+        if self._loop_done is None or not self._loop_done.done() or (error := self._loop_done.exception()) is None:
+            return None
+        return f"{type(error).__name__}: {error}"
 
     @property
     def ready(self) -> bool:
@@ -199,42 +272,56 @@ class Engine:
         """How busy the engine is right now."""
         return Stats(len(self.scheduler.running), len(self.scheduler.waiting), self.pool.used, self.pool.total)
 
-    def _resolve(self, request: Request) -> tuple[Mode, str, str | None]:
-        """Mode and class that a request runs with, and why it does without drafts, if so."""
-        name = request.class_name
+    def choose(self, prompt: list[int]) -> str:
+        """The class whose subgraph drafts for a prompt that names none."""
+        chosen = self._chooser.choose(prompt) if self._chooser else POOLED
+        return chosen if chosen in self.classes else POOLED
+
+    def _resolve(self, request: Request) -> tuple[Mode, str, Gate, str | None]:
+        """Mode, class and gate that a request runs with, and why it does without what it asked for, if so."""
+        name, passed = request.class_name, None
+        if name in self.unpaying:
+            name, passed = POOLED, f"class {name}: {self.unpaying[name]}; pooled drafts"
         if name is not None and name not in self.classes:
-            known = ", ".join(self.classes) or "none: no subgraph is loaded"
+            known = ", ".join((*self.classes, *self.unpaying)) or "none: no subgraph is loaded"
             raise Refused(f"unknown class {name!r}; known are {known}", "class")
         if name is None:
-            chosen = self._chooser.choose(request.prompt) if self._chooser else POOLED
-            name = chosen if chosen in self.classes else POOLED
+            name = self.choose(request.prompt)
         if request.mode == Mode.FULL:
-            return Mode.FULL, name, None
+            return Mode.FULL, name, Gate(), passed
         if not self.classes:
             if request.mode != Mode.AUTO:
                 raise Refused(f"mode {request.mode.value!r} needs a draft and none is loaded", "mode")
-            return Mode.FULL, name, "no draft is loaded"
+            return Mode.FULL, name, Gate(), "no draft is loaded"
         mode = self.options.auto if request.mode == Mode.AUTO else request.mode
-        if mode == Mode.ROUTED and (request.logprobs is not None or request.grammar is not None):
-            mode = Mode.EXACT  # log-probabilities are the full model's; what is emitted cannot be taken back
-        return mode, name, "max_draft is 0" if request.max_draft == 0 else None
+        if mode == Mode.ROUTED and request.logprobs is not None:
+            mode = Mode.EXACT  # they are the full model's, which has not seen what is emitted unverified
+        gate = self._promises.open(request, name, self.choose) if mode == Mode.ROUTED else Gate()
+        mode = Mode.EXACT if gate.shut else mode
+        return mode, name, gate, "max_draft is 0" if request.max_draft == 0 else gate.shut or passed
 
     # Called in the engine's thread only.
 
     def _loop(self) -> None:
         try:
+            self._busy_since = time.monotonic()
             self._prove()
-            while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: self._stopping or self.scheduler.waiting or self.scheduler.running)
-                    if self._stopping:
-                        return
+            while self._await_work():
                 self.step()
         except BaseException:
             logger.exception("the engine's loop died")
             raise
         finally:
+            self._busy_since = None
             self._close()
+
+    def _await_work(self) -> bool:
+        """Wait for something to do; False if it is to stop."""
+        self._busy_since = None
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._next or not self.idle)
+        self._busy_since = time.monotonic()
+        return not self._stopping
 
     @torch.inference_mode()
     def _prove(self) -> None:
@@ -251,35 +338,59 @@ class Engine:
             raise RuntimeError("the model's logits are not finite")
         self._proven = True
 
-    def _close(self) -> None:
+    def _close(self, reason: str = "the engine was stopped") -> None:
         """Take no more requests, and end those there are: nobody shall wait for a thread that is gone."""
         with self._wake:
             self._stopping = True
             left = [*self.scheduler.running, *self.scheduler.waiting]
-        self._end(left, Unavailable("the engine was stopped"))
+        self._end(left, Unavailable(reason))
 
     @torch.inference_mode()
     def step(self) -> None:
         """One turn. A failure ends the requests it struck, with an error delivered to each, and no other."""
+        self._take_drafts()
         with self._wake:
             given_up = self.scheduler.cancelled()
         for sequence in given_up:
             self._release(sequence, "cancelled")
-        with self._wake:
-            self.scheduler.admit()
-        if self.scheduler.running:
-            self._marked = self._marked or time.perf_counter()
-            struck = list(self.scheduler.running)
-            try:
-                with self._wake:
-                    plan = self.scheduler.plan()
-                struck = plan.sequences
+        struck = list(self.scheduler.running)
+        try:
+            with self._wake:
+                self.scheduler.admit()
+                plan = self.scheduler.plan()
+            struck = plan.sequences
+            if struck:
+                self._marked = self._marked or time.perf_counter()
                 self._decode(plan)
-            except Exception as error:
-                logger.exception("a step failed; its %d requests are given up", len(struck))
-                self._fail(struck, error)
+        except Exception as error:
+            logger.exception("a step failed; its %d requests are given up", len(struck))
+            self._fail(struck, error)
         if not self.scheduler.running:
             self._marked = None
+
+    def _take_drafts(self) -> None:
+        """Take over what `swap` brought."""
+        with self._wake:
+            if self._next is None:
+                return
+            (drafts, done), self._next = self._next, None
+            self.classes, self.unpaying, self._chooser = drafts.classes, dict(drafts.unpaying), drafts.chooser
+            self._promises = Promises(drafts.certificates, self.options.risk)
+            self.guard.forget()
+            self.cycle = self._make_cycle(drafts.runner, drafts.cost)
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+                self._adapt(sequence)
+        done.set_result(None)
+
+    def _adapt(self, sequence: Sequence) -> None:
+        """Let a text whose class is gone go on with `pooled`, or without drafts: verified in any case, for nothing was
+        promised of `pooled` when it began. What was promised of drafts that are gone is kept by verifying the rest."""
+        ran, gate = sequence.ran, sequence.gate
+        if gate.risk is not None and not self._promises.stands(gate, ran.class_name):
+            sequence.gate = replace(gate, tokens=0)
+        if ran.class_name not in self.classes:
+            ran.class_name, sequence.shadow = POOLED, None
+            ran.mode = Mode.FULL if not self.classes or ran.mode == Mode.FULL else Mode.EXACT
 
     def _decode(self, plan: Plan) -> None:
         before = {s: s.ran.tokens for s in plan.sequences}
@@ -292,7 +403,7 @@ class Engine:
         begun, logits = time.perf_counter(), self._full_pass(plan)
         rows, plain = sum(map(len, logits.values())), not any(s.draft.tokens for s in plan.decoding)
         for sequence, failure in self.cycle.settle(logits, plan).items():
-            (self._end if isinstance(failure, Refused) else self._fail)([sequence], failure)
+            self._fail([sequence], failure)
             plan.drop(sequence)
         ended = time.perf_counter()
         if rows and not plan.chunks:
@@ -369,4 +480,16 @@ class Engine:
         ran = sequence.ran
         if ran.mode != Mode.FULL and not ran.drafts and ran.bypass is None:
             ran.bypass = "drafting did not pay"
+        if outcome != "error":  # which leaves tokens that no full pass has judged
+            self._audit(sequence)
         self.observer.on_finish(ran, sequence.times, outcome)
+
+    def _audit(self, sequence: Sequence) -> None:
+        """Tell the auditor of a request that was promised something: one with a threshold of its own was not."""
+        ran, shadow, risk = sequence.ran, sequence.shadow, sequence.gate.risk
+        if risk is None:
+            return
+        if ran.mode == Mode.ROUTED and ran.tokens:
+            self.auditor.observe(ran.class_name, ran.divergent / ran.tokens, risk)
+        elif shadow is not None and shadow.judged:
+            self.auditor.observe_shadow(ran.class_name, shadow.divergent / shadow.judged, risk)

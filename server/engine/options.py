@@ -11,14 +11,15 @@ from server.engine.request import Mode
 class Options:
     """What the operator decides.
 
-    auto: the mode that `auto` stands for where there is a draft. threshold: least confidence of a token emitted
-    unverified. max_draft: most drafts held at once. run_limit: longest run of tokens emitted unverified. draft_length:
-    draw always so many drafts (for benchmarks). chunk: prompt tokens per step. prefix_cache: whether texts that begin
-    alike share blocks. seed: of the requests' own seeds (None: from the system).
+    auto: the mode that `auto` stands for where there is a draft. risk: mean divergence that `routed` may have where a
+    request names neither a risk nor a threshold. max_draft: most drafts held at once. run_limit: longest run of tokens
+    emitted unverified. draft_length: draw always so many drafts, unguarded (for benchmarks and certificates). chunk:
+    prompt tokens per step. prefix_cache: whether texts that begin alike share blocks. seed: of the requests' own seeds
+    (None: from the system).
     """
 
     auto: Mode = Mode.EXACT
-    threshold: float = 0.9
+    risk: float = 0.02
     max_draft: int = 8
     run_limit: int = 32
     draft_length: int | None = None

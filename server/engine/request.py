@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from server.engine.logprobs import TokenLogprob
 from strace.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from server.engine.grammar import Grammar
 
 
 class Mode(StrEnum):
@@ -45,10 +41,11 @@ class Unavailable(Overloaded):
 
 @dataclass(frozen=True)
 class Request:
-    """One text to continue. `stop` are strings, cut before; `threshold` and `max_draft` None mean the engine's own;
-    `specials`: whether the text shows special tokens. `stop_ids` end it beside the model's own, unless `ignore_eos`;
-    none of either is drawn before `min_tokens`. `logprobs`: alternatives told beside each token's own log-probability,
-    of the prompt's tokens too if `prompt_logprobs`. `grammar`: what the text must follow.
+    """One text to continue. `stop` are strings, cut before; `risk` and `max_draft` None mean the engine's own. `risk`:
+    most mean divergence of `routed`; `threshold`: a confidence in its place, which promises nothing. `specials`:
+    whether the text shows special tokens. `stop_ids` end it beside the model's own, unless `ignore_eos`; none of either
+    is drawn before `min_tokens`. `logprobs`: alternatives told beside each token's own log-probability, of the prompt's
+    tokens too if `prompt_logprobs`.
     """
 
     id: str
@@ -66,7 +63,7 @@ class Request:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    grammar: Grammar | None = None
+    risk: float | None = None
 
 
 @dataclass
@@ -78,7 +75,8 @@ class Ran:
     divergent: how many of those the full model would not have chosen given the text before (their expected number where
     tokens are drawn without a seed). seconds: time spent decoding, in steps that read no prompt; full_seconds: what the
     full model would have needed for the same tokens, at its measured step cost. cached_tokens: of the prompt, held from
-    another text that began alike. preemptions: how often it lost its blocks to an older text and was read anew.
+    another text that began alike. preemptions: how often it lost its blocks to an older text and was read anew. risk:
+    the mean divergence promised, if one is. bypass: why the mode asked for, or drafting, was done without.
     """
 
     mode: Mode
@@ -97,6 +95,7 @@ class Ran:
     bypass: str | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    risk: float | None = None
 
     @property
     def speedup(self) -> float | None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from server.engine.blocks import chain_key
-from server.engine.grammar import Constraint
 from server.engine.logprobs import TokenLogprob, read_logprobs
 from server.engine.options import Options
-from server.engine.request import Deliver, Mode, Ran, Refused, Request, Update
+from server.engine.request import Deliver, Mode, Ran, Request, Update
+from server.engine.risk import Gate
 from server.engine.text import Text
 from strace.draft import Draft, DraftLimits
 from strace.kv import BLOCK
@@ -31,6 +31,15 @@ class Times:
     finished: float | None = None
 
 
+@dataclass
+class Shadow:
+    """What the gate would have done in a request that may not be routed. judged: drafts that followed the text as it
+    is; divergent: (expected) number of those that would have been emitted and are not the full model's choice."""
+
+    judged: int = 0
+    divergent: float = 0.0
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request and its text so far.
@@ -39,7 +48,7 @@ class Sequence:
     Between steps everything but the last token is verified, or the prompt is still being read. draft: what this step
     drew; the first `emitted` of its tokens are already part of the text, the others are held until the full model has
     settled them. blocks: those of the cache that it holds, `table` the same as the runner reads it; the first `sealed`
-    of them are filled and known to the pool. constraint: where it is in the grammar that it must follow.
+    of them are filled and known to the pool.
     """
 
     request: Request
@@ -49,9 +58,9 @@ class Sequence:
     ran: Ran
     deliver: Deliver
     times: Times
-    threshold: float
+    gate: Gate
     table: Tensor
-    constraint: Constraint | None = None
+    shadow: Shadow | None = None
     ids: list[int] = field(init=False)
     verified: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -117,8 +126,15 @@ class Sequence:
         caps = [limit for limit in (options.draft_length, self.request.max_draft) if limit is not None]
         # The full model itself adds the last token before the limit.
         room = self.most_tokens - len(self.ids) - 1
+        gated = max(0, min(self.gate.tokens - self.ran.tokens, room))
+        emitted = min([options.run_limit, int(gated), *caps])
         threshold = self.threshold if self.ran.mode == Mode.ROUTED else math.inf
-        return DraftLimits(min([options.max_draft, *caps]), min([options.run_limit, *caps]), room, threshold)
+        return DraftLimits(min([options.max_draft, *caps]), emitted, room, threshold)
+
+    @property
+    def threshold(self) -> float:
+        """The confidence from which the next token may be emitted unverified; infinite where none may."""
+        return self.gate.threshold if self.ran.tokens < self.gate.tokens else math.inf
 
     def sampler(self, back: int = 0) -> Sampler:
         """How the next tokens are drawn, or those from `back` tokens ago."""
@@ -126,20 +142,17 @@ class Sequence:
         history = self.ids[len(prompt) : end] if params.penalises else []
         before = prompt if params.repetition_penalty != 1 else []
         barred_until = len(prompt) + self.request.min_tokens
-        if self.constraint is not None:
-            allowed = self.constraint.allowed
-            return Sampler(params, self.noise, end, history, before, allowed=allowed)
         barred = sorted(self.stop_ids) if end < barred_until else []
         return Sampler(params, self.noise, end, history, before, barred, barred_until)
 
     def book(self, draft: Draft) -> None:
         """Take over a step's draft: in `routed` its sure tokens become part of the text at once, up to the first that
         is not sure or would end the text. That one and all after it are held."""
-        self.draft, self.emitted = draft, 0
+        self.draft, self.emitted, threshold = draft, 0, self.threshold
         if self.ran.mode != Mode.ROUTED:
             return
         for token, confidence in zip(draft.tokens, draft.confidence, strict=True):
-            if confidence < self.threshold or self._ends(token):
+            if confidence < threshold or self._ends(token):
                 break
             self.emitted += 1
             self.ran.unverified += 1
@@ -167,21 +180,13 @@ class Sequence:
         return rows[len(rows) - (end == len(self.ids)) :]
 
     def append(self, token: int, drafted: bool, logprob: TokenLogprob | None = None) -> None:
-        """Add a token to the text and see whether it ends it.
-
-        Raises:
-            Refused: the text must follow a grammar that allows nothing here.
-        """
-        if self.constraint is not None and not self.constraint.append(token):
-            message = f"the grammar allows nothing behind {self.ran.tokens} tokens of the text"
-            raise Refused(message, self.constraint.grammar.param)
+        """Add a token to the text and see whether it ends it."""
         self.ids.append(token)
         self._logprobs += [] if logprob is None else [logprob]
         self._fresh.append(token)
         self._fresh_drafted.append(drafted)
         self.ran.tokens += 1
-        ended = self.constraint is not None and self.constraint.complete
-        if token in self.stop_ids or self.text.push(token) or ended:
+        if token in self.stop_ids or self.text.push(token):
             self.finish = "stop"
         elif self.ran.tokens == self.request.max_tokens:
             self.finish = "length"

@@ -9,7 +9,7 @@ from server.engine.request import Mode
 from server.engine.sequence import Sequence
 from strace.draft import Draft
 from strace.runner import Runner
-from strace.sampling import total_variation
+from strace.sampling import Sampler, total_variation
 
 
 def settle(sequence: Sequence, logits: Tensor, runner: Runner) -> list[tuple[float, float]]:
@@ -24,10 +24,16 @@ def settle(sequence: Sequence, logits: Tensor, runner: Runner) -> list[tuple[flo
     count = sequence.request.logprobs
     raw = None if count is None else logits[emitted:].clone()
     held, q = draft.tokens[emitted:], None if draft.q is None else draft.q[emitted:]
-    shares = [1 - divergence for divergence in _audit(sequence, draft, emitted, logits, runner)]
+    divergences = _diverge(draft, emitted, logits, sequence.sampler(back=emitted), runner)
+    sequence.ran.divergent += sum(divergences)
+    shares = [1 - divergence for divergence in divergences]
+    unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, logits.clone(), runner)
     tokens = runner.verify(logits[emitted:], q, held, sequence.sampler())
     accepted = len(tokens) - 1
     shares += [1.0] * accepted + [0.0] * (accepted < len(held))
+    if sequence.shadow is not None:
+        sequence.shadow.judged += min(accepted + 1, len(held))
+        sequence.shadow.divergent += sum(unseen[: accepted + 1])
     _account(sequence, draft, emitted, accepted)
     logprobs = [None] * len(tokens) if raw is None else read_logprobs(raw, tokens, count or 0)
     for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
@@ -39,25 +45,29 @@ def settle(sequence: Sequence, logits: Tensor, runner: Runner) -> list[tuple[flo
     return list(zip(draft.confidence, shares, strict=False))
 
 
-def _audit(sequence: Sequence, draft: Draft, emitted: int, logits: Tensor, runner: Runner) -> list[float]:
-    """Per emitted token, and counted: was it other than the full model's choice after the same text?
+def _diverge(draft: Draft, count: int, logits: Tensor, sampler: Sampler, runner: Runner) -> list[float]:
+    """Per token of the first `count` of a draft: is it other than the full model's choice after the same text?
 
     Without a seed a draw has no counterpart to compare with; its expected divergence, the total variation, stands for
-    it.
+    it. sampler: of the first draft. logits: float32 [>= count, V], overwritten.
     """
-    tokens = draft.tokens[:emitted]
+    tokens = draft.tokens[:count]
     if not tokens:
         return []
-    if draft.q is None or sequence.noise.shared:
-        chosen = [
-            runner.verify(logits[i : i + 1], None, [], sequence.sampler(back=emitted - i))[0] for i in range(emitted)
-        ]
-        divergences = [float(token != choice) for token, choice in zip(tokens, chosen, strict=True)]
-    else:
-        p = runner.process(logits[:emitted], tokens[:-1], sequence.sampler(back=emitted))
-        divergences = total_variation(p, draft.q[:emitted]).tolist()
-    sequence.ran.divergent += sum(divergences)
+    if draft.q is None or sampler.noise.shared:
+        chosen = [runner.verify(logits[i : i + 1], None, [], sampler.after(tokens[:i]))[0] for i in range(count)]
+        return [float(token != choice) for token, choice in zip(tokens, chosen, strict=True)]
+    p = runner.process(logits[:count], tokens[:-1], sampler)
+    divergences: list[float] = total_variation(p, draft.q[:count]).tolist()
     return divergences
+
+
+def _watch_gate(sequence: Sequence, draft: Draft, logits: Tensor, runner: Runner) -> list[float]:
+    """`_diverge` of the drafts that `routed` would have emitted, were it allowed."""
+    drawn = zip(draft.tokens, draft.confidence, strict=True)
+    sure = [confidence >= sequence.threshold and token not in sequence.stop_ids for token, confidence in drawn]
+    count = sure.index(False) if False in sure else len(sure)
+    return _diverge(draft, count, logits, sequence.sampler(), runner)
 
 
 def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> None:

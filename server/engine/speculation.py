@@ -18,7 +18,6 @@ _BINS = 10
 _PRIOR, _WEIGHT = 0.8, 4.0  # before anything was judged a draft is worth trying
 _MEMORY = 0.99  # of a bin, per judged draft
 _PACE = 0.05  # weight of one step in the rate now achieved
-_PROBE = 32  # every so many refusals to draft at all, a few drafts are drawn nevertheless
 
 
 class Calibration:
@@ -51,7 +50,6 @@ class Speculation:
         self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self._always = always
         self.calibrations = {graph: Calibration() for graph in graphs}
-        self._refusals = 0
         self._rate = 1.0
 
     def rule(self, graph: str, planned: int, batch: int) -> GainRule:
@@ -66,11 +64,6 @@ class Speculation:
             stop_ids=self._stop_ids,
             always=self._always,
         )
-
-    def probes(self) -> bool:
-        """Called on each refusal to draft at all; now and then True, so that a pessimistic table can recover."""
-        self._refusals += 1
-        return self._refusals % _PROBE == 0
 
     def paced(self, tokens: int, batch: int, seconds: float) -> None:
         """Learn from a step that decoded `batch` sequences by `tokens` together."""

@@ -24,16 +24,17 @@ from server import console
 from server.api.completions import prepare
 from server.api.protocol import CompletionRequest
 from server.api.served import Served
-from server.cli import app
-from server.config import EngineConfig
+from server.cli import app, configure
+from server.config import EngineConfig, ServeConfig
 from server.engine.request import Update
 from server.load import load_served
+from server.serve import describe
 from tests.server.api.fake import FakeEngine, make_served
 from tests.strace.test_subgraph import make as make_subgraph
 from tests.tiny import make_tokenizer, save_tiny
 
 RUNNER = CliRunner()
-COMMANDS = ["serve", "generate", "chat", "bench", "trace", "inspect", "measure", "convert"]
+COMMANDS = ["serve", "generate", "chat", "bench", "certify", "trace", "inspect", "measure", "convert"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STRACE_LLM_")}
 
 
@@ -124,10 +125,29 @@ def test_wrong_flag(flags: list[str], named: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--port", "70000"), ("--device", "tpu"), ("--served-model-name", "a:b"), ("--max-queue", "0"), ("--api-key", "")],
+    [
+        ("--port", "70000"),
+        ("--device", "tpu"),
+        ("--served-model-name", "a:b"),
+        ("--max-queue", "0"),
+        ("--api-key", ""),
+        ("--kv-memory", "much"),
+        ("--step-timeout", "0"),
+    ],
 )
 def test_wrong_setting(flag: str, value: str) -> None:
     assert flag in check_failure(2, run("serve", flag, value))
+
+
+def test_memory_of_the_cache(tiny: Path) -> None:
+    """With a unit; and texts share none of it where that is not wanted."""
+    assert configure(ServeConfig, kv_memory="2GiB").kv_memory == 2 * 2**30
+    config = configure(EngineConfig, model=str(tiny), dtype="fp32", kv_memory="95KiB", prefix_cache=False)
+    served = load_served(config)
+    assert served.cache == 96  # 3 layers, keys and values of 2 heads of 16 numbers, 4 bytes each: 768 bytes per token
+    assert "KV cache 96 tokens" in describe(served, ServeConfig(), 1)
+    assert not served.engine.options.prefix_cache
+    served.engine.stop()
 
 
 def test_wrong_environment(monkeypatch: pytest.MonkeyPatch) -> None:

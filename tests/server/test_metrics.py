@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
+from server.engine.auditor import Auditor
+from server.engine.guard import Guard
 from server.engine.observer import Step
 from server.engine.request import Mode, Ran
 from server.engine.sequence import Times
@@ -15,6 +19,8 @@ from server.metrics import Metrics, metric_names
 P = "strace_llm_"
 COUNTERS: dict[str, tuple[str, ...]] = {
     "prompt_tokens": (),
+    "prefix_tokens": ("outcome",),
+    "preemptions": (),
     "generation_tokens": ("mode", "class"),
     "requests": ("mode", "class", "finish_reason"),
     "request_errors": ("type",),
@@ -35,6 +41,8 @@ HISTOGRAMS = [
     "request_queue_time_seconds",
 ]
 GAUGES = ["requests_running", "requests_waiting", "kv_cache_usage_ratio", "info"]
+VERDICTS = ["guard_state", "guard_speedup_ratio", "guard_baseline_age_seconds", "auditor_tripped"]
+GAUGES += [*VERDICTS, "auditor_evidence_ratio"]
 RAN = Ran(
     Mode.ROUTED,
     "code",
@@ -49,6 +57,8 @@ RAN = Ran(
     divergent=0.5,
     seconds=0.25,
     full_seconds=0.5,
+    cached_tokens=5,
+    preemptions=2,
 )
 TIMES = Times(submitted=10.0, admitted=10.5, updates=[11.0, 11.25, 12.0], finished=12.0)
 
@@ -66,6 +76,20 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(P + name, labels)
 
 
+def judges() -> tuple[Guard, Auditor]:
+    """A guard that saw eight texts decoded twice as fast by drafts, and an auditor that saw one tripped class."""
+    guard, auditor = Guard(np.ones(9)), Auditor()
+    key = (Mode.EXACT, "code")
+    for _ in range(100):
+        turn = guard.turn([key], 8, measurable=True)
+        if turn.allows(key):
+            turn.drafted[key], turn.drafting["code"] = 8, 0.1
+        guard.book(turn, 1.0, Counter({key: 8 * turn.allows(key)}))
+    for _ in range(20):
+        auditor.observe("code", 1.0, 0.02)
+    return guard, auditor
+
+
 def test_names() -> None:
     expected = {f"{P}{name}_total" for name in COUNTERS} | {P + name for name in GAUGES}
     expected |= {f"{P}{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
@@ -78,6 +102,7 @@ def test_everything_exposed_is_named() -> None:
     metrics.on_finish(RAN, TIMES, "stop")
     metrics.errors.labels("server_error").inc()
     metrics.info.labels("1", "m", "bf16", "cpu").set(1)
+    metrics.watch_judges(*judges())
     shown = {s.name for family in metrics.registry.collect() for s in family.samples if not s.name.endswith("_created")}
     assert shown == metric_names()
 
@@ -88,6 +113,8 @@ def test_finished_request_is_counted() -> None:
     both = {"mode": "routed", "class": "code"}
     assert value(metrics, "requests_total", **both, finish_reason="length") == 1
     assert value(metrics, "prompt_tokens_total") == 7
+    assert [value(metrics, "prefix_tokens_total", outcome=outcome) for outcome in ("hit", "miss")] == [5, 2]
+    assert value(metrics, "preemptions_total") == 2
     assert value(metrics, "generation_tokens_total", **both) == 10
     assert value(metrics, "decode_seconds_total", **both) == 0.25
     assert value(metrics, "decode_full_equivalent_seconds_total", **both) == 0.5
@@ -123,6 +150,7 @@ def test_request_cancelled_while_it_waited() -> None:
     assert value(metrics, "requests_total", mode="exact", finish_reason="cancelled", **{"class": "pooled"}) == 1
     assert value(metrics, "time_to_first_token_seconds_count") == 0
     assert value(metrics, "request_queue_time_seconds_count") == 0
+    assert value(metrics, "prefix_tokens_total", outcome="miss") is None
 
 
 def test_gauges_follow_the_engine() -> None:
@@ -130,6 +158,17 @@ def test_gauges_follow_the_engine() -> None:
     metrics.watch(Now)
     shown = [value(metrics, name) for name in ("requests_running", "requests_waiting", "kv_cache_usage_ratio")]
     assert shown == [2, 3, 0.25]
+
+
+def test_verdicts_are_shown() -> None:
+    metrics = Metrics()
+    metrics.watch_judges(*judges())
+    labels = {"mode": "exact", "class": "code", "batch": "8"}
+    assert value(metrics, "guard_state", **labels) == 1
+    assert value(metrics, "guard_speedup_ratio", **labels) == pytest.approx(2)
+    assert 0 <= (value(metrics, "guard_baseline_age_seconds", batch="8") or 0) < 60
+    assert value(metrics, "auditor_tripped", **{"class": "code"}) == 1
+    assert 0 < (value(metrics, "auditor_evidence_ratio", **{"class": "code"}) or 0) < 1
 
 
 def test_two_servers_share_nothing() -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,12 +13,15 @@ from hypothesis import strategies as st
 from strace.classes import (
     POOLED,
     BadPrompts,
-    Classifier,
     Prompt,
+    _parse_text,
+    read_log,
     read_prompts,
     shipped_prompts,
     split_classes,
 )
+
+TURN = {"role": "user", "content": "hello"}
 
 
 def write(folder: Path, name: str, records: Sequence[object]) -> Path:
@@ -48,13 +50,29 @@ def test_both_formats_are_read(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("code.jsonl", [*records(8), "{broken"], r"code\.jsonl:9: not JSON"),
-        ("code.jsonl", [*records(8), {"txet": "a"}], r"code\.jsonl:9: needs an object with either text or prompt"),
-        ("code.jsonl", [*records(8), {"text": "a", "prompt": "b"}], r"code\.jsonl:9: needs an object with either"),
+        (
+            "code.jsonl",
+            [*records(8), {"txet": "a"}],
+            r"code\.jsonl:9: needs an object with one of text, prompt, messages",
+        ),
+        ("code.jsonl", [*records(8), {"text": "a", "prompt": "b"}], r"code\.jsonl:9: needs an object with one of"),
         ("code.jsonl", [*records(8), ["a"]], r"code\.jsonl:9: needs an object"),
         ("code.jsonl", [*records(8), {"text": "a", "sorce": "b"}], r"code\.jsonl:9: unknown field sorce"),
         ("code.jsonl", [*records(8), {"text": " "}], r"code\.jsonl:9: text must be a string that is not empty"),
         ("code.jsonl", [*records(8), {"text": 3}], r"code\.jsonl:9: text must be a string"),
         ("code.jsonl", [*records(8), {"text": "a", "source": 3}], r"code\.jsonl:9: .*source a string"),
+        (
+            "code.jsonl",
+            [*records(8), {"text": "a", "class": "math"}],
+            r"code\.jsonl:9: names the class 'math' in a file",
+        ),
+        (
+            "code.jsonl",
+            [*records(8), {"messages": []}],
+            r"code\.jsonl:9: messages must be objects with role and content",
+        ),
+        ("code.jsonl", [*records(8), {"messages": [{"role": "user"}]}], r"code\.jsonl:9: messages must be objects"),
+        ("code.jsonl", [*records(8), {"messages": [TURN]}], r"code\.jsonl:9: messages need a model with a chat"),
         ("code.jsonl", [], r"code\.jsonl holds no prompt"),
         ("code.txt", ["\n\n \n"], r"code\.txt holds no prompt"),
         ("code.jsonl", records(7), r"has 7 different prompts of 4 sources.* at least 8 of 3"),
@@ -72,15 +90,15 @@ def test_bad_prompts_are_named(tmp_path: Path, name: str, content: list[object],
 
 
 def test_folders_and_classes_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BadPrompts, match=r"no prompt folder .*nowhere"):
+    with pytest.raises(BadPrompts, match=r"no prompts at .*nowhere"):
         read_prompts(tmp_path / "nowhere")
-    with pytest.raises(BadPrompts, match=r"has no CLASS\.jsonl and no CLASS\.txt"):
+    with pytest.raises(BadPrompts, match=r"has no CLASS\.jsonl, no CLASS\.txt and no folder CLASS"):
         read_prompts(tmp_path)
     write(tmp_path, "code.jsonl", records(8))
     with pytest.raises(BadPrompts, match="has no class math; it has code"):
         read_prompts(tmp_path, ["math"])
     write(tmp_path, "code.txt", ["a"])
-    with pytest.raises(BadPrompts, match=r"both as \.jsonl and as \.txt"):
+    with pytest.raises(BadPrompts, match=r"has the class code twice: code\.jsonl and code\.txt"):
         read_prompts(tmp_path)
     (tmp_path / "code.txt").unlink()
     (tmp_path / "code.jsonl").write_bytes(b"\xff\xfe\x00")
@@ -91,8 +109,116 @@ def test_folders_and_classes_that_are_not_there_are_named(tmp_path: Path) -> Non
 def test_a_text_in_two_classes_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "code.jsonl", records(8))
     write(tmp_path, "math.jsonl", [*records(8, "m"), {"text": "t 5"}])
-    with pytest.raises(BadPrompts, match="same text is in the classes code and math: 't 5'"):
+    with pytest.raises(
+        BadPrompts, match=r"in the classes code \(.*code\.jsonl:6\) and math \(.*math\.jsonl:9\): 't 5'"
+    ):
         read_prompts(tmp_path)
+
+
+def test_a_file_of_labelled_lines_is_read(tmp_path: Path) -> None:
+    lines = [r | {"class": name} for name in ("code", "math") for r in records(8, name)]
+    place = (
+        write(tmp_path, "all.jsonl", [*lines, {"messages": [TURN], "class": "chat"}, *records(7, "more")]) / "all.jsonl"
+    )
+    classes = read_prompts(place, class_name="chat", write_chat=lambda messages: f"<{messages[0]['content']}>")
+    assert {name: len(prompts) for name, prompts in classes.items()} == {"chat": 8, "code": 8, "math": 8}
+    assert classes["chat"][0] == Prompt("<hello>", "<hello>")
+    assert classes["math"][0].place == f"{place}:9"
+    assert list(read_prompts(place, ["math"], "chat", lambda messages: "hello")) == ["math"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        (
+            "x.jsonl",
+            [*records(8), {"text": "a", "class": "Code"}],
+            {"class_name": "a"},
+            r"x\.jsonl:9: the class name 'Code'",
+        ),
+        (
+            "x.jsonl",
+            [*records(8), {"text": "a", "class": "full"}],
+            {"class_name": "a"},
+            r"x\.jsonl:9: .*'full' is reserved",
+        ),
+        (
+            "x.jsonl",
+            [*records(8), {"text": "a", "class": 3}],
+            {"class_name": "a"},
+            r"x\.jsonl:9: class must be a string",
+        ),
+        (
+            "x.jsonl",
+            [*records(8), {"text": "a", "class": "b"}],
+            {"class_name": "a"},
+            r"x\.jsonl, class b has 1 different",
+        ),
+        ("x.jsonl", records(8), {}, r"x\.jsonl:1: names no class; say --class NAME"),
+        ("x.jsonl", records(8), {"class_name": "pooled"}, r"x\.jsonl: the class name 'pooled' is reserved"),
+        ("x.jsonl", [], {"class_name": "a"}, r"x\.jsonl holds no prompt"),
+        ("Long Name.txt", ["a", "b"], {}, r"the class name 'Long Name' is not lower-case"),
+    ],
+)
+def test_bad_files_are_named(
+    tmp_path: Path, name: str, content: list[object], options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(BadPrompts, match=message):
+        read_prompts(write(tmp_path, name, content) / name, **options)
+
+
+def test_a_text_file_holds_lines_or_paragraphs(tmp_path: Path) -> None:
+    (tmp_path / "notes.log").write_text("\n".join(f"  line {i} " for i in range(9)) + "\n\n")
+    lines = read_prompts(tmp_path / "notes.log")["notes"]
+    assert [p.text for p in lines] == [f"  line {i} " for i in range(9)]
+    assert lines[8].place.endswith("notes.log:9")
+    (tmp_path / "a.txt").write_text("\n".join(f"  head {i}\n\n  \ntail\nof it\n" for i in range(8)))
+    paragraphs = read_prompts(tmp_path / "a.txt", class_name="verse")["verse"]
+    assert [p.text for p in paragraphs][:3] == ["  head 0", "tail\nof it", "  head 1"]
+    assert paragraphs[2].place.endswith("a.txt:7")
+
+
+def test_a_subfolder_holds_the_documents_of_a_class(tmp_path: Path) -> None:
+    code = write(tmp_path, "ignored.md", []) / "code"
+    write(code, "more.jsonl", records(4))
+    (code / "inner").mkdir()
+    (code / ".git").mkdir()
+    (code / ".git" / "config").write_bytes(b"\xff")
+    for i in range(5):
+        (code / "inner" / f"{i}.py").write_text(f"def f{i}():\n\n    pass\n")
+    prompts = read_prompts(tmp_path)["code"]
+    assert len(prompts) == 9
+    assert Prompt("def f3():\n\n    pass", "inner/3.py") in prompts
+    with pytest.raises(BadPrompts, match="--class names the class of one file"):
+        read_prompts(tmp_path, class_name="code")
+    (code / "picture.png").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(BadPrompts, match=r"cannot read .*picture\.png"):
+        read_prompts(tmp_path)
+
+
+def test_a_log_is_read_without_classes(tmp_path: Path) -> None:
+    place = write(tmp_path, "log.jsonl", [*records(8), *records(3)])
+    assert (
+        [p.text for p in read_log(place)]
+        == [p.text for p in read_log(place / "log.jsonl")]
+        == [f"t {i}" for i in range(8)]
+    )
+    write(tmp_path, "log.jsonl", [*records(8), {"text": "a", "class": "b"}])
+    with pytest.raises(BadPrompts, match=r"log\.jsonl:9: names the class 'b'; leave --classes auto out"):
+        read_log(tmp_path)
+    write(tmp_path, "log.jsonl", [])
+    with pytest.raises(BadPrompts, match="holds no prompt"):
+        read_log(tmp_path)
+    with pytest.raises(BadPrompts, match="no prompts at"):
+        read_log(tmp_path / "nowhere")
+
+
+@given(st.lists(st.text(), max_size=12), st.sampled_from(["\n", "\n\n", "\n \n"]))
+def test_no_word_of_a_text_file_is_lost(parts: list[str], between: str) -> None:
+    content = between.join(parts)
+    found = list(_parse_text(Path("a.txt"), content))
+    assert " ".join(p.text for p in found).split() == content.split()
+    assert all(p.text.strip() for p in found)
 
 
 prompts = st.lists(
@@ -134,38 +260,3 @@ def test_the_shipped_prompts_can_be_read_and_split() -> None:
     split = split_classes(read_prompts(shipped_prompts()))
     assert sorted(split) == ["chat", "code", "facts", "math", POOLED, "stories"]
     assert all(len(parts.report) >= 20 for parts in split.values())
-
-
-def draw(rng: np.random.Generator, low: int, count: int) -> list[list[int]]:
-    """Prompts of tokens from [low, low + 40) and some common to all."""
-    return [rng.choice([*range(low, low + 40), *range(20)], 60).tolist() for _ in range(count)]
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_the_classifier_tells_classes_and_admits_doubt(tmp_path: Path, classes: int) -> None:
-    rng = np.random.default_rng(0)
-    names = ["a", "b", "c"][:classes]
-    fitted = Classifier.fit({n: draw(rng, 40 * (i + 1), 30) for i, n in enumerate(names)}, 300)
-    for i, name in enumerate(names):
-        assert [fitted.choose(ids) for ids in draw(rng, 40 * (i + 1), 20)] == [name] * 20
-    common = [rng.choice(20, 60).tolist() for _ in range(20)]
-    assert sum(fitted.choose(ids) == POOLED for ids in common) > 10
-    assert fitted.choose([]) == POOLED
-    assert fitted.probabilities([41, 42]).sum() == pytest.approx(1)
-    fitted.save(tmp_path)
-    loaded = Classifier.load(tmp_path)
-    assert loaded.names == tuple(names)
-    assert np.array_equal(loaded.weights, fitted.weights)
-    assert [loaded.choose(ids) for ids in common] == [fitted.choose(ids) for ids in common]
-
-
-def test_one_class_alone_cannot_be_told_from_others() -> None:
-    assert Classifier.fit({"a": [[1, 2, 3]]}, 10).choose([1, 2, 3]) == POOLED
-
-
-def test_a_classifier_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the classifier .*classifier\.safetensors"):
-        Classifier.load(tmp_path)
-    (tmp_path / "classifier.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="cannot read the classifier"):
-        Classifier.load(tmp_path)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from strace import cli, trace
-from strace.cli import app, draw_layers
+from strace.classifier import read_classifier
+from strace.cli import app
+from strace.keep import Plan
+from strace.overview import draw_layers
 from strace.search import StepCosts
-from strace.subgraph import MANIFEST, read_manifest
+from strace.subgraph import read_manifest
 from tests.strace.test_trace import write_prompts
 from tests.tiny import save_tiny
 
@@ -34,44 +38,55 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_only_the_classes_named_are_traced(folder: Path) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == ["classifier.safetensors", "digits", "pooled"]
+    assert sorted(p.name for p in folder.iterdir()) == ["classifier.json", "classifier.safetensors", "digits", "pooled"]
 
 
-def test_inspect_shows_a_table_and_a_picture(folder: Path) -> None:
+def test_inspect_shows_what_was_traced(folder: Path) -> None:
     result = runner.invoke(app, ["inspect", str(folder)], env={"COLUMNS": "80"})
     assert result.exit_code == 0
     manifest = read_manifest(folder / "digits")
-    for shown in (
-        "digits",
-        "pooled",
-        "int4",
-        f"{manifest.measured.bytes_share:.3f}",
-        *draw_layers(manifest),
-        manifest.why,
-    ):
+    for shown in ("digits", "pooled", f"{manifest.measured.bytes_share:.3f}", *draw_layers(manifest)):
         assert shown in result.output
 
 
-def test_inspect_gives_the_manifests_as_json(folder: Path) -> None:
-    result = runner.invoke(app, ["inspect", str(folder), "--json"])
-    stored = json.loads((folder / "pooled" / MANIFEST).read_text())
-    assert json.loads(result.output)["pooled"] == stored
-
-
-def test_bars_are_as_high_as_the_share_that_is_kept(folder: Path) -> None:
-    manifest = read_manifest(folder / "digits")
-    layers = [
-        manifest.kept[0].model_copy(update={"groups": g, "neurons": n}) for g, n in (([], 96), ([1], 1), ([0, 1], 0))
-    ]
-    lines = draw_layers(manifest.model_copy(update={"kept": layers}))
-    assert lines == ["  attention layer 0 | ▄█| 2", "  MLP       layer 0 |█▁ | 2"]
+def test_a_labelled_file_is_traced_and_a_log_by_what_it_holds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """End to end on a model folder not made here, the search cut down to one plan."""
+    cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
+    monkeypatch.setattr(trace, "price_steps", lambda *_: cheap)
+    monkeypatch.setattr(trace, "WRITTEN", 8)
+    monkeypatch.setattr(trace, "BUDGETS", {"fit": 1000, "choose": 300, "report": 300})
+    monkeypatch.setattr(trace, "CONTINUED", {"choose": 4, "report": 4})
+    one = [Plan("all", coverage=1.0, format="int8", repaired=False)]
+    monkeypatch.setattr(trace, "plan_candidates", lambda *_: one)
+    model, out, rng = str(folder.parent / "model"), tmp_path / "out", np.random.default_rng(0)
+    topics = {"sea": "sail harbour anchor storm captain tide wave crew", "law": "judge verdict witness trial jury oath"}
+    texts = [(name, " ".join(rng.choice(words.split(), 12))) for name, words in topics.items() for _ in range(20)]
+    labelled, log = tmp_path / "labelled.jsonl", tmp_path / "log.txt"
+    turns = [{"class": name, "messages": [{"role": "user", "content": text}]} for name, text in texts]
+    labelled.write_text("\n".join(map(json.dumps, turns)))
+    log.write_text("\n".join(text for _, text in texts))
+    result = runner.invoke(app, ["trace", model, "--prompts", str(labelled), "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["law", "pooled", "sea"]
+    confused = read_classifier(out).confusion[-2]
+    assert confused.precision == 1.0
+    auto = ["trace", model, "--prompts", str(log), "--classes", "auto", "--clusters", "2", "-o", str(tmp_path / "auto")]
+    result = runner.invoke(app, auto)
+    assert result.exit_code == 0, result.output
+    words = [name.split("-") for name in read_classifier(tmp_path / "auto").names]
+    assert {tuple(set(ws) <= set(t.split()) for t in topics.values()) for ws in words} == {(True, False), (False, True)}
+    lines = [json.loads(line) for line in (tmp_path / "auto" / "prompts.jsonl").read_text().splitlines()]
+    assert sorted(line["text"] for line in lines) == sorted({text for _, text in texts})
+    assert runner.invoke(app, auto).output.count("finished before") == 3
 
 
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
         (["trace", "nowhere", "-o", "OUT"], 1, "nowhere"),
-        (["trace", "MODEL", "-o", "OUT", "--prompts", "none"], 1, "no prompt folder none"),
+        (["trace", "MODEL", "-o", "OUT", "--prompts", "none"], 1, "no prompts at none"),
         (
             ["trace", "MODEL", "-o", "OUT", "--format", "int3"],
             2,
@@ -83,7 +98,9 @@ def test_bars_are_as_high_as_the_share_that_is_kept(folder: Path) -> None:
             1,
             "has no class poems; it has chat, code, facts, math, stories",
         ),
-        (["inspect", "OUT"], 1, "no subgraph in"),
+        (["trace", "MODEL", "-o", "OUT", "--clusters", "3"], 2, "--clusters is for --classes auto"),
+        (["trace", "MODEL", "-o", "OUT", "--classes", "auto"], 1, "finds classes in the prompts of --prompts"),
+        (["trace", "MODEL", "-o", "OUT", "--class", "a"], 1, "--class names the class of one file"),
     ],
 )
 def test_bad_input_exits_with_a_message(folder: Path, tmp_path: Path, args: list[str], code: int, message: str) -> None:
@@ -93,14 +110,6 @@ def test_bad_input_exits_with_a_message(folder: Path, tmp_path: Path, args: list
     assert result.output.startswith("error: ")
     assert message in result.output
     assert not (tmp_path / "out").exists()
-
-
-def test_inspect_names_a_broken_subgraph(tmp_path: Path) -> None:
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / MANIFEST).write_text("{}")
-    result = runner.invoke(app, ["inspect", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "schema version None is not known" in result.output
 
 
 @pytest.mark.parametrize("command", ["trace", "inspect"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from strace.files import file_beside, folder_beside, write_beside
@@ -50,3 +51,12 @@ def test_after_an_error_the_old_one_stays_and_nothing_else(tmp_path: Path, besid
         raise KeyError
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_told_as_an_oserror_whoever_writes(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(OSError, match=r"cannot write .*file: .*No space left"), file_beside(path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from strace import subgraph as stored
 from strace import trace as pipeline
 from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
-from strace.classes import BadPrompts, Classifier
+from strace.classes import BadPrompts, Prompt
+from strace.classifier import Classifier
 from strace.distill import Distilled, distill
 from strace.graphs import load_drafts
 from strace.measure import measure_acceptance
 from strace.onpolicy import Positions
 from strace.search import StepCosts
-from strace.subgraph import MANIFEST, TENSORS, Manifest, load_subgraphs, read_manifest
+from strace.subgraph import MANIFEST, TENSORS, Manifest, list_unpaying, load_subgraphs, read_manifest
 from strace.texts import batch_texts
 from strace.trace import Options, plan_candidates, trace
-from tests.tiny import random_tokens, save_tiny
+from tests.tiny import make_tokenizer, random_tokens, save_tiny
 
 
 def write_prompts(folder: Path) -> Path:
@@ -132,7 +137,7 @@ def test_without_a_size_several_are_tried() -> None:
 def try_one(tracer: pipeline.Tracer, said: list[str]) -> None:
     parts = pipeline.split_classes(pipeline.read_prompts(tracer.options.prompts))["digits"]
     said.clear()
-    tracer.trace_class("digits", parts)
+    tracer.trace_class("digits", pipeline.gather_material(tracer.checkpoint, parts, tracer.options.seed))
 
 
 def test_a_trace_cut_off_goes_on_where_it_was(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +175,7 @@ def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeyp
     assert not manifest.pays
     assert manifest.why.startswith("no subgraph: ")
     assert "below 1.05" in manifest.why
+    assert list_unpaying(tmp_path) == {"digits": manifest.why}
     assert load_subgraphs(tmp_path, checkpoint, full) == {}
     assert sorted(load_drafts(checkpoint, full, tmp_path)) == ["pooled"]
 
@@ -214,7 +220,7 @@ def test_texts_are_drawn_up_to_the_budget(traced: Traced, monkeypatch: pytest.Mo
 
 
 def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(BadPrompts, match="no prompt folder"):
+    with pytest.raises(BadPrompts, match="no prompts at"):
         trace(Options("nowhere", tmp_path / "out", tmp_path / "none"))
     with pytest.raises(BadCheckpoint, match="nowhere"):
         trace(Options(str(tmp_path / "nowhere"), tmp_path / "out"))
@@ -250,3 +256,95 @@ def test_distilling_goes_on_after_its_last_round(
     assert sum("round 2 of 2" in line for line in said) == 1
     assert not any("round 1 of 2" in line for line in said)
     assert read_manifest(tmp_path / "digits").recipe != made["digits"].recipe
+
+
+def full_disk(after: int) -> Callable[..., None]:
+    """A stand-in for safetensors' save_file: so many files fit."""
+    written = []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, *rest: object) -> None:
+        written.append(path)
+        Path(path).write_bytes(b"the part that still fits")
+        if len(written) > after:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    return save
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_disk_that_fills_up_leaves_what_was_done(
+    traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    options, made = traced
+    asked = replace(options, output=tmp_path / "out")
+    said: list[str] = []
+    shares: list[float] = []
+    cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
+    monkeypatch.setattr(pipeline, "price_steps", lambda *_: cheap)
+    monkeypatch.setattr(pipeline, "WRITTEN", 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "save_file", full_disk(after))
+        with pytest.raises(OSError, match=r"No space left on device.*the same command goes on there"):
+            trace(asked, said.append, shares.append)
+    repaired = [line for line in said if "repairing" in line]
+    left = {path.name for path in asked.output.rglob("*") if path.is_file()}
+    assert not [name for name in left if name.startswith(".") or name.endswith(".partial")]
+    finished = [name for name in made if (asked.output / name).exists()]
+    for name in finished:
+        read_manifest(asked.output / name)
+    said.clear()
+    again = trace(asked, said.append, shares.append)
+    assert sorted([*again, *finished]) == sorted(made)
+    assert {name: m.tensors_hash for name, m in again.items()} == {name: made[name].tensors_hash for name in again}
+    assert len(repaired) > 1
+    assert not set(repaired[:-1]) & set(said)
+    assert not (asked.output / ".work").exists()
+    assert shares[-1] == 1.0
+
+
+def test_progress_goes_over_all_classes_and_plans(traced: Traced) -> None:
+    shares: list[float] = []
+    trace(traced[0], lambda line: None, shares.append)
+    assert shares == [pytest.approx(share) for share in (1 / 3, 2 / 3, 1)]
+
+
+def test_what_is_wrong_with_a_class_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    model, out = str(save_tiny(tmp_path / "model")), tmp_path / "out"
+    lines = [{"text": " ".join(f"word{i}" for i in range(40)) + f" {n}", "source": str(n)} for n in range(12)]
+    place = tmp_path / "same.jsonl"
+    place.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(BadPrompts, match="class same: all prompts to choose by repeat those of earlier parts"):
+        trace(Options(model, out, place, class_name="same"))
+    with pytest.raises(BadPrompts, match="--classes auto finds classes in the prompts of --prompts"):
+        trace(Options(model, out, classes=("auto",)))
+    place.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n}"}]}) for n in range(12)))
+    tokenizer = make_tokenizer(None)
+    tokenizer.save_pretrained(model)
+    (Path(model) / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(BadPrompts, match=r"same\.jsonl:1: messages need a chat template"):
+        trace(Options(model, out, place, class_name="same"))
+    assert not out.exists()
+
+
+def test_conversations_are_written_as_they_are_served(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path)))
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    asked, answered = (pipeline.write_chat(checkpoint, turns[:n]) for n in (1, 2))
+    assert asked.endswith("assistant\n")
+    assert answered.endswith("ho<|end_of_turn|>")
+    checkpoint.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(BadPrompts, match="refuses the messages: no such role"):
+        pipeline.write_chat(checkpoint, turns)
+
+
+def test_prompts_longer_than_the_context_are_cut_and_told(traced: Traced) -> None:
+    options, _ = traced
+    checkpoint = open_checkpoint(options.model)
+    made = [
+        Prompt("".join(chr(97 + (i * j) % 26) for j in range(1, 301)), f"s{i}", f"a.jsonl:{i}") for i in range(1, 4)
+    ]
+    parts = pipeline.Parts(made[:1], made[1:2], [*made[2:], Prompt("short enough to be read", "t", "a.jsonl:9")])
+    material = pipeline.gather_material(checkpoint, parts, 0)
+    assert material.long == ("a.jsonl:1", "a.jsonl:2", "a.jsonl:3")
+    assert max(t.shape[1] for texts in material.texts.values() for t in texts) <= checkpoint.spec.context

@@ -35,6 +35,7 @@ def test_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 3)
     assert answer.usage.total_tokens == len(prompt) + 3
+    assert answer.usage.prompt_tokens_details.cached_tokens == 2
     assert engine.requests[-1].id == f"{answer.id}-0"
 
 
@@ -107,6 +108,7 @@ def test_response_says_what_ran(http: httpx.Client) -> None:
         "unverified": 0,
         "divergent": 0,
         "realised_speedup": 2,
+        "risk": None,
         "bypass": None,
     }
 
@@ -132,7 +134,12 @@ def test_stream(http: httpx.Client, include_usage: bool) -> None:
     if include_usage:
         prompt_tokens = usages[-1]["prompt_tokens"]
         assert chunks[-1]["choices"] == []
-        assert usages[-1] == {"prompt_tokens": prompt_tokens, "completion_tokens": 3, "total_tokens": prompt_tokens + 3}
+        assert usages[-1] == {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": 3,
+            "total_tokens": prompt_tokens + 3,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        }
     else:
         assert usages[-1] is None
 

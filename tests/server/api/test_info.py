@@ -59,7 +59,14 @@ def test_description_is_exact(http: httpx.Client) -> None:
     schemas = description["components"]["schemas"]
     assert not {"HTTPValidationError", "ValidationError"} & schemas.keys()
     assert schemas["ChatRequest"]["additionalProperties"] is False
-    assert schemas["StraceOptions"]["properties"].keys() == {"mode", "class", "threshold", "max_draft", "metrics"}
+    assert schemas["StraceOptions"]["properties"].keys() == {
+        "mode",
+        "class",
+        "threshold",
+        "risk",
+        "max_draft",
+        "metrics",
+    }
 
 
 def test_no_pages_that_load_scripts_from_elsewhere(http: httpx.Client) -> None:

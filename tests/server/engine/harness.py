@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -10,11 +10,13 @@ from tempfile import TemporaryDirectory
 
 from server.engine.check import Limits
 from server.engine.cost import CostModel
-from server.engine.engine import Engine, Handle
+from server.engine.engine import Chooser, Engine, Handle
+from server.engine.guard import Guard
 from server.engine.logprobs import TokenLogprob
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
+from strace.certificate import Certificate
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.decoder import Decoder, Layer
 from strace.graphs import make_runner as run_graphs
@@ -57,7 +59,11 @@ def make_engine(
     runner: Runner | None = None,
     drafts: Iterable[str] = ("pooled", "lame", "stranger"),
     observer: Observer | None = None,
+    guard: Guard | None = None,
+    certificates: Mapping[str, Certificate] | None = None,
+    chooser: Chooser | None = None,
 ) -> Engine:
+    """By default no guard: what it decides depends on the time that passes."""
     return Engine(
         runner or make_runner(blocks),
         make_tokenizer().backend_tokenizer,
@@ -67,6 +73,9 @@ def make_engine(
         cost=cost or FixedCost(),
         observer=observer,
         options=options or Options(seed=0),
+        certificates=certificates,
+        chooser=chooser,
+        guard=guard or Guard(FixedCost().table(FULL), active=False),
     )
 
 

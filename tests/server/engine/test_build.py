@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.build import Placement, build_engine, count_blocks
+from server.engine.build import Placement, build_engine, count_blocks, reload_drafts
 from server.engine.options import Options
 from server.engine.request import Mode
 from strace import native
 from strace.checkpoint import BadCheckpoint
 from strace.kv import block_bytes
-from tests.server.engine.harness import decode, load, make_request
+from strace.runner import FULL
+from strace.subgraph import BadSubgraph
+from tests.server.engine.harness import decode, drain, load, make_request, submit
 from tests.tiny import save_tiny
 
 SMALL = Placement(dtype="fp32", kv_memory=10**6)
@@ -71,3 +73,38 @@ def test_blocks_by_memory() -> None:
     assert count_blocks(load(), 10**12, 16) == 16 * 8
     with pytest.raises(ValueError, match="does not hold one block"):
         count_blocks(load(), size - 1, 16)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_quantised_full_model_is_what_exact_means(tmp_path: Path, dtype: str) -> None:
+    engine, _ = build_engine(str(save_tiny(tmp_path)), placement=replace(SMALL, dtype=dtype))
+    full = engine.runner.graphs[FULL]
+    assert {layer.mlp.down.format for layer in full.layers} | {full.head.format} == {dtype}
+    requests = [make_request(mode=mode, class_name=None, max_tokens=40) for mode in (Mode.FULL, Mode.EXACT)]
+    plain, exact = decode(engine, *requests)
+    assert exact.outcome == plain.outcome
+    assert plain.outcome != decode(build_engine(str(tmp_path), placement=SMALL)[0], requests[0])[0].outcome
+
+
+def test_drafts_are_read_again(tmp_path: Path) -> None:
+    """A folder that cannot be read changes nothing; nor do drafts that are other than before change a text."""
+    model = str(save_tiny(tmp_path / "model"))
+    engine, checkpoint = build_engine(model, placement=SMALL, options=Options(draft_length=3))
+    request = make_request(list(range(70)), class_name=None, max_tokens=40, temperature=1.0, seed=2)
+    (before,) = decode(engine, request)
+    runner = engine.runner
+    with pytest.raises(BadSubgraph, match="nowhere"):
+        reload_drafts(engine, checkpoint, tmp_path / "nowhere", SMALL)
+    got = submit(engine, request)
+    engine.step()
+    done = reload_drafts(engine, checkpoint, None, SMALL)
+    assert engine.runner is runner
+    drain(engine)
+    assert done.done()
+    assert engine.runner is not runner
+    assert engine.runner.cache is runner.cache
+    assert got.outcome == before.outcome
+    assert got.ran.cached_tokens == 64
+    save_tiny(tmp_path / "model", seed=1)
+    with pytest.raises(BadCheckpoint, match="have changed"):
+        reload_drafts(engine, checkpoint, None, SMALL)

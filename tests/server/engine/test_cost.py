@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.cost import CostModel, measure_start
+from strace.classes import POOLED
 from strace.costs import Cost, CostTable, describe_setting, save_table
 from strace.runner import FULL
 from tests.server.engine.harness import make_runner
@@ -72,3 +73,16 @@ def test_a_start_beside_other_load_is_soon_forgotten() -> None:
     for _ in range(20):
         cost.observe(FULL, [1], 0.1)
     assert cost.seconds(FULL, 1) == pytest.approx(0.1, rel=0.05)
+
+
+def test_costs_of_drafts_that_were_never_measured() -> None:
+    model = CostModel({FULL: {1: 1.0, 8: 1.5}, POOLED: {1: 0.4, 8: 0.6}})
+    for _ in range(200):
+        model.observe(FULL, [1], 2.0)
+    other = model.estimate({POOLED: 1.0, "code": 0.5})
+    assert other.seconds(FULL, 1) == pytest.approx(model.seconds(FULL, 1))
+    assert other.seconds(POOLED, 4) == pytest.approx(model.seconds(POOLED, 4))
+    assert other.c("code") == pytest.approx(0.2)
+    other.observe("code", [1], 10.0)
+    assert other.c("code") > 0.25
+    assert model.c(POOLED) == pytest.approx(0.4)

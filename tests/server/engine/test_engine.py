@@ -10,18 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.engine import Engine, StepFailed
+from server.engine import guard
+from server.engine.engine import Drafts, Engine, StepFailed
 from server.engine.observer import Step
 from server.engine.options import Options
-from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Update
+from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Unavailable, Update
 from server.engine.sequence import Times
+from strace.draft import Draft, DraftPlan
+from strace.graphs import make_runner as run_graphs
 from strace.kv import BLOCK, Batch
+from strace.native import NativeError
+from strace.runner import FULL
 from tests.server.engine.harness import (
     VOCABULARY,
     FixedCost,
     Got,
     decode,
     drain,
+    graphs,
     make_engine,
     make_request,
     make_runner,
@@ -116,6 +122,11 @@ def test_realised_speedup_of_full_at_its_own_cost() -> None:
         ({"max_tokens": -5}, "max_tokens"),
         ({"max_draft": -1}, "max_draft"),
         ({"class_name": "poetry"}, "class"),
+        ({"mode": Mode.ROUTED, "risk": 0.0}, "risk"),
+        ({"mode": Mode.ROUTED, "risk": 1.0}, "risk"),
+        ({"mode": Mode.ROUTED, "risk": 0.1, "threshold": 0.9}, "risk"),
+        ({"mode": Mode.EXACT, "risk": 0.1}, "risk"),
+        ({"mode": Mode.FULL, "risk": 0.1}, "risk"),
         ({"stop": ("a", "")}, "stop"),
     ],
 )
@@ -130,6 +141,24 @@ def test_refused(change: dict[str, object], param: str) -> None:
 def test_refused_classes_are_named() -> None:
     with pytest.raises(Refused, match="'poetry'; known are pooled, lame, stranger"):
         make_engine().submit(make_request(class_name="poetry"), print)
+
+
+def test_a_class_that_does_not_pay_is_served_by_pooled_and_told_why() -> None:
+    engine = make_engine()
+    engine.unpaying = {"verse": "no subgraph: predicted 1.02"}
+    asked, full, none = decode(
+        engine,
+        make_request(class_name="verse"),
+        make_request(mode=Mode.FULL, class_name="verse"),
+        make_request(class_name="verse", max_draft=0),
+    )
+    assert (asked.ran.class_name, asked.ran.mode) == ("pooled", Mode.EXACT)
+    assert asked.ran.bypass == full.ran.bypass == "class verse: no subgraph: predicted 1.02; pooled drafts"
+    assert asked.ran.drafted > 0
+    assert none.ran.bypass == "max_draft is 0"
+    assert decode(engine, make_request())[0].ran.bypass is None
+    with pytest.raises(Refused, match="'poetry'; known are pooled, lame, stranger, verse"):
+        engine.submit(make_request(class_name="poetry"), print)
 
 
 def test_too_large_for_the_cache() -> None:
@@ -149,7 +178,8 @@ def test_modes_without_a_draft() -> None:
 def test_what_auto_means() -> None:
     request = make_request(mode=Mode.AUTO)
     assert decode(make_engine(), request)[0].ran.mode == Mode.EXACT
-    assert decode(make_engine(Options(auto=Mode.ROUTED)), request)[0].ran.mode == Mode.ROUTED
+    routed = replace(request, threshold=0.9)
+    assert decode(make_engine(Options(auto=Mode.ROUTED)), routed)[0].ran.mode == Mode.ROUTED
 
 
 def test_the_chooser_picks_the_class() -> None:
@@ -225,18 +255,27 @@ def test_a_receiver_that_fails_gives_up_only_its_own() -> None:
 
 
 class Failing:
-    """A runner whose full pass number `when` fails."""
+    """A runner whose full pass, or draft, number `when` fails."""
 
-    def __init__(self, when: int) -> None:
-        self.inner, self.left = make_runner(), when
+    def __init__(self, when: int, error: Exception | None = None, drafting: bool = False) -> None:
+        self.inner, self.left, self.drafting = make_runner(), when, drafting
+        self.error = error or ValueError("no sense")
         self.cache = self.inner.cache
-        self.draft, self.process, self.verify = self.inner.draft, self.inner.process, self.inner.verify
+        self.process, self.verify = self.inner.process, self.inner.verify
+
+    def count(self, drafting: bool) -> None:
+        self.left -= drafting == self.drafting
+        if self.left == 0:
+            self.left = -1
+            raise self.error
 
     def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            raise ValueError("no sense")
+        self.count(drafting=False)
         return self.inner.forward(graph, batch, rows)
+
+    def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
+        self.count(drafting=True)
+        return self.inner.draft(graph, batch, plan)
 
 
 @pytest.mark.parametrize("when", [1, 3])
@@ -251,6 +290,37 @@ def test_a_failing_step_ends_its_requests_and_no_other(when: int) -> None:
         assert len(failed.errors) == 1
     assert got[2].outcome == decode(make_engine(), make_request(max_tokens=40, **SEEDED))[0].outcome
     assert engine.stats().blocks_used == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        NativeError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+@pytest.mark.parametrize("drafting", [False, True])
+def test_out_of_memory_gives_up_the_younger_half(error: Exception, drafting: bool) -> None:
+    requests = [make_request([i], max_tokens=40, class_name="stranger", **SEEDED) for i in range(4)]
+    requests[0] = replace(requests[0], mode=Mode.ROUTED, threshold=0.0)
+    engine = make_engine(Options(draft_length=2), runner=Failing(3, error, drafting))
+    got = [submit(engine, request) for request in requests]
+    drain(engine)
+    assert [bool(g.errors) for g in got] == [False, False, True, True]
+    assert all(isinstance(g.errors[0], Unavailable) and len(g.errors) == 1 for g in got[2:])
+    assert got[1].outcome == decode(make_engine(), requests[1])[0].outcome
+    assert (len(got[0].ids), got[0].complaints) == (40, [])
+    assert engine.stats().blocks_used == 0
+
+
+def test_a_lone_text_without_memory_is_given_up_and_the_next_one_runs() -> None:
+    engine = make_engine(Options(max_running=1), runner=Failing(2, MemoryError()))
+    first, second = submit(engine, make_request()), submit(engine, make_request())
+    drain(engine)
+    assert isinstance(first.errors[0], Unavailable)
+    assert len(second.ids) == 16
 
 
 def test_one_text_that_cannot_be_settled_does_not_take_the_others() -> None:
@@ -305,8 +375,9 @@ def test_drafts_only_where_they_pay(c: float, v8: float, drafts: bool) -> None:
     assert got.ran.bypass == (None if drafts else "drafting did not pay")
 
 
-def test_a_pessimistic_table_recovers() -> None:
-    engine = make_engine()
+def test_a_pessimistic_table_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PROBE_SHARE", 0.5)
+    engine = make_engine(guard=guard.Guard(FixedCost().table(FULL)))
     for _ in range(1000):
         engine.speculation.calibrations["pooled"].judge(0.05, 0.0)
     got = decode(engine, make_request(max_tokens=200))[0]
@@ -329,6 +400,50 @@ def test_a_thread_that_dies_leaves_nobody_waiting() -> None:
     wait([engine._loop_done], 60)
     assert not engine.running
     assert str(second.errors[0]).endswith("the engine was stopped")
+
+
+def test_draining_takes_no_more_and_finishes_what_there_is() -> None:
+    engine = make_engine(Options(max_running=1))
+    got = [submit(engine, make_request()) for _ in range(2)]
+    engine.step()
+    engine.drain()
+    with pytest.raises(Unavailable, match="shutting down"):
+        submit(engine, make_request())
+    assert not engine.idle
+    drain(engine)
+    assert engine.idle
+    assert [len(g.ids) for g in got] == [16, 16]
+
+
+def test_other_drafts_between_steps() -> None:
+    """A text whose class stays goes on with it, one whose class is gone with `pooled`, and neither's words change."""
+    requests = [make_request([i], max_tokens=60, class_name=c, **SEEDED) for i, c in enumerate(("lame", "stranger"))]
+    engine = make_engine(Options(draft_length=3, max_running=1))
+    got = [submit(engine, request) for request in requests]
+    for _ in range(4):
+        engine.step()
+    others = {name: graphs()[name] for name in (FULL, "pooled", "lame")}
+    done = engine.swap(
+        Drafts(run_graphs(others, engine.runner.cache, "torch"), ("pooled", "lame"), FixedCost(), None, {})
+    )
+    assert not done.done()
+    drain(engine)
+    assert done.done()
+    assert engine.classes == ("pooled", "lame")
+    assert [g.ran.class_name for g in got] == ["lame", "pooled"]
+    expected = decode(make_engine(), *requests)
+    assert [g.outcome for g in got] == [g.outcome for g in expected]
+    with pytest.raises(Refused, match="unknown class 'stranger'"):
+        submit(engine, requests[1])
+
+
+def test_no_drafts_at_all_between_steps() -> None:
+    engine = make_engine(Options(draft_length=3))
+    got = submit(engine, make_request(max_tokens=60, **SEEDED))
+    engine.step()
+    engine.swap(Drafts(run_graphs({FULL: graphs()[FULL]}, engine.runner.cache, "torch"), (), FixedCost(), None, {}))
+    drain(engine)
+    assert got.outcome == decode(make_engine(), make_request(max_tokens=60, **SEEDED))[0].outcome
 
 
 def test_multi_byte_text_comes_in_whole_characters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ from scipy.stats import chisquare
 
 from server.engine.options import Options
 from server.engine.request import Mode, Request
+from strace import native, sampling
 from strace.decoder import DenseAttend
-from strace.sampling import SamplingParams
+from strace.draft import Draft, DraftPlan
+from strace.kv import Batch
+from strace.runner import Runner
+from strace.sampling import SamplingParams, process
 from tests.server.engine.harness import (
-    VOCABULARY,
     decode,
     decode_full,
     graphs,
     make_engine,
     make_request,
+    make_runner,
 )
 
 CLASSES = ("pooled", "lame", "stranger")
@@ -90,40 +95,96 @@ def test_accounts_and_flags_agree(class_name: str, temperature: float) -> None:
         assert got.ran.fallbacks > got.ran.drafts / 2
 
 
-def dense_law(decoder_name: str, prefixes: torch.Tensor) -> np.ndarray:
-    """float64 [R, V] next-token law of a graph after each prefix [R, n], without the engine."""
-    decoder = graphs()[decoder_name]
-    rows, length = prefixes.shape
-    positions = torch.arange(length).repeat(rows)
-    streams = decoder.streams(prefixes.flatten(), positions, DenseAttend(rows, length))
-    return decoder.logits(streams.view(rows, length, -1)[:, -1]).softmax(-1).double().numpy()
+SETTINGS: dict[str, tuple[str, Request]] = {
+    "plain": ("lame", make_request(temperature=1.0)),
+    "top_p": ("stranger", make_request(temperature=0.7, top_p=0.9)),
+    "top_k, min_p": ("lame", make_request(temperature=1.0, top_k=20, min_p=0.02)),
+    "penalties": (
+        "stranger",
+        make_request(temperature=1.0, presence_penalty=0.9, frequency_penalty=0.5, repetition_penalty=1.3),
+    ),
+    "bias, min_tokens": (
+        "lame",
+        replace(
+            make_request(temperature=1.3, logit_bias=((5, 3.0), (260, -100.0))), stop_ids=(7, 11, 100), min_tokens=4
+        ),
+    ),
+}
+PROMPT, TEXTS = 7, 1200
 
 
-def bins(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Tokens in four groups of about equal probability under p, from the draft's favourites to what it neglects."""
-    order = np.argsort(np.log(p / q))
-    groups = np.empty(len(p), dtype=int)
-    groups[order] = np.minimum((np.cumsum(p[order]) * 4).astype(int), 3)
-    return groups
+def rows_of(decoder_name: str, texts: torch.Tensor, request: Request) -> torch.Tensor:
+    """float64 [N, 3, V]: a graph's distributions of the three tokens of texts [N, 3], without the engine."""
+    decoder, (n, _) = graphs()[decoder_name], texts.shape
+    before = torch.cat([torch.full((n, 1), PROMPT), texts[:, :2]], 1)
+    streams = decoder.streams(before.flatten(), torch.arange(3).repeat(n), DenseAttend(n, 3))
+    logits = decoder.logits(streams)
+    logits[:, list(request.stop_ids)] = -torch.inf
+    histories = [text[:i] for text in texts.tolist() for i in range(3)]
+    return process(logits, histories, request.params, [PROMPT]).double().view(n, 3, -1)
 
 
-@pytest.mark.parametrize("class_name", ["lame", "stranger"])
-def test_unseeded_law(class_name: str) -> None:
-    """The first two tokens' joint law, both drafted by a bad draft, by a chi-square test."""
-    prompt = 7
-    first, first_draft = (dense_law(name, torch.tensor([[prompt]]))[0] for name in ("full", class_name))
-    prefixes = torch.stack([torch.full((VOCABULARY,), prompt), torch.arange(VOCABULARY)], 1)
-    second, second_draft = (dense_law(name, prefixes) for name in ("full", class_name))
-    one, two = bins(first, first_draft), bins(first @ second, first @ second_draft)
-    law = np.zeros((4, 4))
-    for token in range(VOCABULARY):
-        law[one[token]] += first[token] * np.bincount(two, second[token], 4)
-    engine = make_engine(Options(draft_length=2, max_running=100, max_waiting=4000, seed=5), blocks=100)
-    request = make_request([prompt], class_name=class_name, temperature=1.0, max_tokens=4)
-    counts = np.zeros((4, 4))
-    for got in decode(engine, *[request] * 2000):
-        counts[one[got.ids[0]], two[got.ids[1]]] += 1
-    assert chisquare(counts.ravel(), law.ravel() / law.sum() * counts.sum()).pvalue > 1e-3
+def sample(setting: str, runner: Runner) -> float:
+    """The p-value of 1,200 sampled texts of three drafted tokens under the full model's law, by a chi-square test.
+
+    Each token becomes the probability, under the full model after the same text, of what the draft favours more, the
+    token's own in a random part: a uniform number, whatever came before, if and only if the law is right.
+    """
+    class_name, request = SETTINGS[setting]
+    request = replace(request, prompt=[PROMPT], class_name=class_name, max_tokens=4)
+    options = Options(draft_length=3, max_running=100, max_waiting=TEXTS, seed=5, prefix_cache=False)
+    engine = make_engine(options, runner=runner)
+    texts = torch.tensor([got.ids[:3] for got in decode(engine, *[request] * TEXTS)])
+    p, q = (rows_of(name, texts, request) for name in ("full", class_name))
+    favour = (q / p).nan_to_num(nan=0.0)
+    own = favour.gather(2, texts[:, :, None])
+    assert (p.gather(2, texts[:, :, None]) > 0).all()
+    before, beside = (p * (favour > own)).sum(2), (p * (favour == own)).sum(2)
+    places = before + beside * torch.rand(texts.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cells = (places * 4).long().clamp(0, 3) @ torch.tensor([16, 4, 1])
+    return float(chisquare(np.bincount(cells.numpy(), minlength=64)).pvalue)
+
+
+def load(kind: str) -> Runner:
+    if kind == "native" and not native.available():
+        pytest.skip(str(native.why_unavailable()))
+    return make_runner(200, kind)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"), [*((name, "native") for name in SETTINGS), ("plain", "torch"), ("bias, min_tokens", "torch")]
+)
+def test_unseeded_law(setting: str, kind: str) -> None:
+    assert sample(setting, load(kind)) > 1e-3
+
+
+def test_a_wrong_residual_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+    assert sample("plain", load("torch")) < 1e-6
+
+
+class Withdrawing:
+    """A runner that drops a drawn token of low confidence, and what follows it, before the full model sees it."""
+
+    def __init__(self, inner: Runner) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
+        return [cut_unsure(draft) for draft in self.inner.draft(graph, batch, plan)]
+
+
+def cut_unsure(draft: Draft) -> Draft:
+    assert draft.q is not None
+    sure = [float(row[token]) > 0.3 * float(row.max()) for row, token in zip(draft.q, draft.tokens, strict=True)]
+    n = [*sure, False].index(False)
+    return Draft(draft.tokens[:n], draft.confidence[:n], draft.q[:n])
+
+
+def test_a_withdrawn_token_is_noticed() -> None:
+    assert sample("top_k, min_p", Withdrawing(load("native"))) < 1e-6  # type: ignore[arg-type]
 
 
 def test_unseeded_requests_differ() -> None:

@@ -91,9 +91,3 @@ def test_calibration_follows_the_evidence() -> None:
     for _ in range(300):
         calibration.judge(0.95, 0.0)
     assert calibration.acceptance[9] < 0.1
-
-
-def test_probes_are_rare_but_come() -> None:
-    speculation = make_speculation(1.0, {1: 1.0, 8: 1.0})
-    probes = [speculation.probes() for _ in range(1000)]
-    assert 10 < sum(probes) < 50

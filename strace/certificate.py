@@ -1,0 +1,137 @@
+"""A certificate on disk: `routed.json` beside a subgraph, which thresholds keep which risk, and what that holds for.
+
+It is valid for one subgraph and classifier, known by the hashes of their files, and for the runner and the format of
+the full model that it was measured with. Anything else makes it void: nothing is promised then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from strace import classifier
+from strace.files import write_beside
+from strace.subgraph import MANIFEST
+
+logger = logging.getLogger(__name__)
+CERTIFICATE = "routed.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Level(_Record):
+    """A risk, and the threshold that keeps it with probability 1 - delta; None where none does."""
+
+    temperature: float
+    risk: float = Field(gt=0, lt=1)
+    delta: float
+    threshold: float | None = Field(ge=0, le=1)
+    why: str
+
+
+class Tested(_Record):
+    """A threshold on the calibration prompts. divergence: mean over the requests; bound: what it is at most, with
+    probability 1 - delta, for this threshold alone. unverified: share of all tokens."""
+
+    temperature: float
+    threshold: float
+    documents: int
+    divergence: float
+    bound: float
+    unverified: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a certificate is valid for, beside its subgraph: `native` or `torch`, and the format of the full model."""
+
+    runner: str
+    dtype: str
+
+
+class Certificate(_Record):
+    """All that `routed.json` says.
+
+    subgraph, classifier: SHA-256 of `subgraph.json` and `classifier.json`, which have the hashes of the tensors, the
+    base model and the tokenizer. tokens: most tokens of a measured text. run_limit: most tokens emitted unverified in a
+    row.
+    """
+
+    schema_version: Literal[1] = 1
+    class_name: str = Field(alias="class")
+    created: str
+    subgraph: str
+    classifier: str
+    runner: str
+    dtype: str
+    isa: str
+    processor: str
+    tokens: int = Field(ge=1)
+    run_limit: int
+    prompts: int
+    levels: list[Level]
+    tested: list[Tested]
+
+    def find(self, temperature: float, risk: float) -> Level | None:
+        """The highest certified level that is not above `risk`."""
+        kept = [v for v in self.levels if v.temperature == temperature and v.threshold is not None and v.risk <= risk]
+        return max(kept, key=lambda level: level.risk, default=None)
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Those at which any risk is certified."""
+        return sorted({level.temperature for level in self.levels if level.threshold is not None})
+
+    def save(self, folder: Path) -> None:
+        """Write `routed.json` into `folder`."""
+        write_beside(folder / CERTIFICATE, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+
+def hash_parts(folder: Path, name: str) -> dict[str, str]:
+    """The hashes that a certificate of the class `name`, in a folder of subgraphs, must have."""
+    paths = {"subgraph": folder / name / MANIFEST, "classifier": folder / classifier.MANIFEST}
+    return {part: hashlib.sha256(path.read_bytes()).hexdigest() for part, path in paths.items()}
+
+
+def load_certificates(folder: Path, names: Iterable[str], setting: Setting) -> dict[str, Certificate]:
+    """The certificates in force, by class. One that is void is left out, with a warning that says why."""
+    found: dict[str, Certificate] = {}
+    for name in names:
+        path = folder / name / CERTIFICATE
+        if not path.exists():
+            continue
+        try:
+            certificate = Certificate.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            why = find_void(certificate, folder, name, setting)
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (OSError, ValueError) as error:
+            why = f"it cannot be read: {error}"
+        if why is None:
+            found[name] = certificate
+        else:
+            logger.warning("%s is ignored, routed promises nothing for class %r: %s", path, name, why)
+    return found
+
+
+def find_void(certificate: Certificate, folder: Path, name: str, setting: Setting) -> str | None:
+    """Why a certificate does not hold for what is served, if it does not."""
+    if certificate.class_name != name:
+        return f"it is of the class {certificate.class_name!r}"
+    for part, hash in hash_parts(folder, name).items():
+        if getattr(certificate, part) != hash:
+            return f"the {part} has been made anew since; run `strace-llm certify` again"
+    for part in ("runner", "dtype"):
+        if (own := getattr(certificate, part)) != (served := getattr(setting, part)):
+            return f"it was measured with {part} {own}, served is {served}"
+    return None
