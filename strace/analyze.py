@@ -368,7 +368,7 @@ class Analyst:
         options, decoder, tokens = self.options, self.decoder, self.tokens[index]
         started = time.perf_counter()
         traces = Traces(weigh_edges(decoder, tokens, options.importance, options.seed + index))
-        growth = draw_weights(decoder.spec.layers, decoder.spec.heads, len(tokens), (1, options.seed, index))
+        growth = draw_weights(decoder.spec, len(tokens), (1, options.seed, index))
         random = Traces(growth)
         counts = [traces.count_of(size) for size in options.sizes]
         made, grown = compose(traces, counts), compose(random, counts)
@@ -462,7 +462,7 @@ def _describe(checkpoint: Checkpoint, options: Options, corpus: Tensor, prompts:
     )
     shape = Shape(
         layers=spec.layers,
-        steps=2 * spec.layers,
+        steps=spec.steps,
         heads=spec.heads,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,

@@ -31,14 +31,17 @@ class PatternAttend(DenseAttend):
 
     def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.reshape(*self.shape, *t.shape[1:]) for t in (q, k, v))
-        s, n, heads, d = q.shape
-        grouped = q.view(s, n, attention.kv_heads, -1, d)
-        scores = torch.einsum("sikgd,sjkd->skgij", grouped.float(), k.float()) * attention.scale
-        scores = soft_cap(scores, attention.cap)
-        mask = causal_mask(self._places, self._places, attention.window)
-        alpha = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
-        self.alpha, self.v = alpha.flatten(1, 2), v.transpose(1, 2)
-        return torch.einsum("skgij,sjkd->sikgd", alpha, v.float()).to(q.dtype).reshape(-1, heads, d)
+        self.alpha = attention_pattern(attention, q, k, causal_mask(self._places, self._places, attention.window))
+        self.v = v.transpose(1, 2)
+        grouped = self.alpha.unflatten(1, (attention.kv_heads, -1))
+        return torch.einsum("skgij,sjkd->sikgd", grouped, v.float()).to(q.dtype).reshape(-1, *q.shape[2:])
+
+
+def attention_pattern(attention: Attention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """float32 [S, H, n, c]: the pattern after the softmax of q [S, n, H, D] over k [S, c, K, D], mask [n, c]."""
+    grouped = q.unflatten(2, (attention.kv_heads, -1))
+    scores = torch.einsum("sikgd,sjkd->skgij", grouped.float(), k.float()) * attention.scale
+    return soft_cap(scores, attention.cap).masked_fill_(~mask, -torch.inf).softmax(-1).flatten(1, 2)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class Spec:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
+    @property
+    def steps(self) -> int:
+        """Steps of the residual stream from the embeddings to the output: two per layer, one if blocks are parallel."""
+        return self.layers if self.parallel else 2 * self.layers
+
 
 _ENDS = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 _LLAMA = {

@@ -52,7 +52,7 @@ def measure_flow(decoder: Decoder, batches: Sequence[Texts]) -> Flow:
     flow = Flow(
         groups=torch.zeros(depth, decoder.spec.kv_heads, dtype=torch.float64),
         neurons=torch.zeros(depth, decoder.spec.mlp, dtype=torch.float64),
-        levels=torch.zeros((1 if decoder.spec.parallel else 2) * depth + 1, dtype=torch.float64),
+        levels=torch.zeros(decoder.spec.steps + 1, dtype=torch.float64),
     )
     for batch in batches:
         _add_batch(flow, decoder, batch)

@@ -11,100 +11,175 @@ An output projection's bias reaches its node whatever edges are cut, so it has n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from strace.decoder import Attention, Decoder, DenseAttend, Norm
-from strace.edges import PatternAttend, layer_edges, scale_rows, target_scale
+from strace.decoder import Attention, Decoder, DenseAttend, Norm, causal_mask, mix
+from strace.edges import attention_pattern, scale_rows, target_scale
 from strace.extract import EdgeWeights, Floats, Step, pairs
-from strace.families import UnsupportedModel
+from strace.families import Spec
 
 MEASURES = ("l1", "ifr", "random")
-_CHUNK = 1 << 24  # elements of [targets, sources, hidden] held at once by `ifr`
-
-
-@dataclass(frozen=True)
-class FullRun:
-    """The float32 states of one prompt of T tokens: `streams[l]` [T, hidden] before layer l; of the last layer also
-    `middle`, the stream before its MLP, and `mlp`, what that adds."""
-
-    streams: list[Tensor]
-    middle: Tensor
-    mlp: Tensor
-
-
-@torch.inference_mode()
-def run_full(decoder: Decoder, tokens: Tensor) -> FullRun:
-    """Run int64 `tokens` [T], keeping what edge weights are made from."""
-    streams: list[Tensor] = []
-    last: dict[str, Tensor] = {}
-
-    def tap(name: str, layer: int, value: Tensor) -> Tensor:
-        if name == "stream":
-            streams.append(value)
-        elif layer == len(decoder.layers) - 1:
-            last[name] = value
-        return value
-
-    device = decoder.embed.device
-    decoder.streams(
-        tokens.to(device), torch.arange(len(tokens), device=device), DenseAttend(1, len(tokens), device), tap
-    )
-    return FullRun(streams, last["stream_mid"], last["mlp_out"].float())
+_CHUNK = 1 << 22  # elements of [heads, targets, sources], or for `ifr` [targets, sources, hidden], held at once
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def weigh_edges(decoder: Decoder, tokens: Tensor, measure: str = "l1", seed: int = 0) -> EdgeWeights:
-    """All edge weights of int64 `tokens` [T] by one of `MEASURES`, in host memory; those into a node sum to 1 (`l1`,
-    `ifr`). One layer's attention is on the device at a time.
+    """All edge weights of int64 `tokens` [T] by one of `MEASURES`, float32 in host memory; those into a node sum to 1
+    (`l1`, `ifr`). On the device only a few targets' patterns are held at a time, so that memory beside the weights
+    grows with T, not its square.
 
     Raises:
         ValueError: for an unknown measure or an empty prompt.
-        UnsupportedModel: for parallel blocks.
     """
     if measure not in MEASURES:
         raise ValueError(f"unknown importance {measure!r}; choose one of {', '.join(MEASURES)}")
     if not len(tokens):
         raise ValueError("an empty prompt has no edges")
-    if decoder.spec.parallel:
-        raise UnsupportedModel(f"the edges of parallel blocks ({decoder.spec.family}) cannot be weighed yet")
     if measure == "random":
-        return draw_weights(decoder.spec.layers, decoder.spec.heads, len(tokens), seed)
-    return _measure(decoder, tokens, measure)
+        return draw_weights(decoder.spec, len(tokens), seed)
+    return _measure(decoder, tokens.to(decoder.embed.device), measure)
 
 
 @torch.inference_mode()
 def _measure(decoder: Decoder, tokens: Tensor, measure: str) -> EdgeWeights:
-    run = run_full(decoder, tokens)
-    weigh = _layer_l1 if measure == "l1" else _layer_ifr
     steps: list[Step] = []
-    for l, stream in enumerate(run.streams):
-        positions = torch.arange(len(tokens), device=decoder.embed.device)
-        cos, sin = decoder.rotation(positions)
-        steps += weigh(decoder, l, stream, (cos.to(stream.device), sin.to(stream.device)))
-    # The output is read through the final norm, linear at the full run's statistics: its scale cancels, gamma does not.
-    residual, mlp = (_read_out(decoder.final_norm, x[-1]) for x in (run.middle, run.mlp))
-    shares = _shares(torch.stack([residual, mlp]), residual + mlp, measure)
-    last = steps[-1]
-    assert last.mlp is not None
-    last.residual[-1], last.mlp[-1] = shares.tolist()
+    positions = torch.arange(len(tokens), device=tokens.device)
+    rotation = decoder.rotation(positions)
+    stream = decoder.embedded(tokens, positions)
+    for l, layer in enumerate(decoder.layers):
+        stream, rotation = stream.to(layer.device), (rotation[0].to(layer.device), rotation[1].to(layer.device))
+        made, stream = _weigh_layer(decoder, l, stream, rotation, measure)
+        steps += made
     return EdgeWeights(tuple(steps), len(tokens))
 
 
+def _weigh_layer(
+    decoder: Decoder, l: int, stream: Tensor, rotation: tuple[Tensor, Tensor], measure: str
+) -> tuple[list[Step], Tensor]:
+    """The steps of layer `l`, whose input is the float32 stream [T, hidden], and the stream after it."""
+    seen: dict[str, Tensor] = {}
+
+    def tap(name: str, layer: int, value: Tensor) -> Tensor:
+        seen[name] = value
+        return value
+
+    attend = _KeepAttend(1, len(stream), stream.device)
+    after = decoder.layer(l, stream, rotation, attend, tap)
+    part = decoder.layers[l].attention
+    assert part is not None, "edges are weighed of full models"
+    # The last level is read through the final norm, linear at the full run's statistics: its scale cancels in the
+    # weights, its direction does not.
+    read = partial(_read_out, decoder.final_norm) if l == decoder.spec.layers - 1 else _read_plainly
+    out, mlp = read(after), read(seen["mlp_out"].float())
+    if decoder.spec.parallel:
+        heads = _Heads(part, attend, seen["z"], read)
+        (residual, added), attention = _weigh_level(measure, out, [read(stream), mlp], heads)
+        return [Step(l, residual, attention, added)], after
+    middle, heads = seen["stream_mid"], _Heads(part, attend, seen["z"], _read_plainly)
+    (residual,), attention = _weigh_level(measure, middle, [stream], heads)
+    (skipped, added), _ = _weigh_level(measure, out, [read(middle), mlp])
+    return [Step(l, residual, attention), Step(l, skipped, mlp=added)], after
+
+
 def _read_out(norm: Norm, x: Tensor) -> Tensor:
-    """What the final norm's direction makes of a vector [hidden]: LayerNorm takes its mean off, either multiplies by
-    gamma."""
-    centred = x - x.mean() if norm.kind == "layer" else x
+    """What the final norm's direction makes of vectors [..., hidden]: LayerNorm takes their mean off, either multiplies
+    by gamma."""
+    centred = x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
     return centred * norm.weight.to(x.device)
 
 
-def _shares(vectors: Tensor, node: Tensor, measure: str) -> Tensor:
-    """Weights [E] of the vectors [E, hidden] into one node."""
-    raw = _l1(vectors) if measure == "l1" else _proximity(vectors, node)
-    return raw / raw.sum().clamp_min(torch.finfo(raw.dtype).tiny)
+def _read_plainly(x: Tensor) -> Tensor:
+    return x
+
+
+class _KeepAttend(DenseAttend):
+    """As `DenseAttend` for one text, a few targets at a time, keeping q, k and v [T, heads, D] of the latest layer."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.q, self.k, self.v = q, k, v
+        mixed = torch.empty_like(q)
+        for some in _chunks(len(q), len(q) * attention.heads):
+            mask = self._mask(attention, some)[None]
+            keys, values = (x[None, : some.stop].transpose(1, 2) for x in (k, v))
+            mixed[some] = mix(q[None, some], keys, values, mask, attention)[0]
+        return mixed
+
+    def pattern(self, attention: Attention, some: slice) -> Tensor:
+        """float32 [H, n, end]: the pattern of the n targets `some`, over the sources up to the last of them."""
+        q, k = self.q[None, some], self.k[None, : some.stop]
+        return attention_pattern(attention, q, k, self._mask(attention, some))[0]
+
+    def _mask(self, attention: Attention, some: slice) -> Tensor:
+        return causal_mask(self._places[some], self._places[: some.stop], attention.window)
+
+
+def _chunks(targets: int, each: int) -> Iterator[slice]:
+    """Slices of as many targets as fit in a chunk with `each` elements for one of them."""
+    few = max(1, _CHUNK // each)
+    return (slice(start, min(start + few, targets)) for start in range(0, targets, few))
+
+
+class _Heads:
+    """The attention edges of one layer: their vectors are `alpha * vectors(h)`, as `read` sees them."""
+
+    def __init__(self, part: Attention, attend: _KeepAttend, z: Tensor, read: Callable[[Tensor], Tensor]) -> None:
+        self.part, self.attend = part, attend
+        self._scale = target_scale(part, z)[:, None]
+        self._rows = read(scale_rows(part.o.dense(), part.post_norm).T).unflatten(0, (part.heads, -1))
+
+    def vectors(self, h: int) -> Tensor:
+        """float32 [T, hidden]: `W_O^h v` of query head h; with a post-norm `gamma * W_O^h v`."""
+        return self.attend.v[:, h * self.part.kv_heads // self.part.heads].float() @ self._rows[h]
+
+    def raw_weights(self, measure: str, nodes: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """A few targets at a time with the weights [H, n, end] of their edges, not yet divided; `nodes` [T, hidden]."""
+        if measure == "l1":  # exact, alpha being a number that is not negative
+            norms = torch.stack([_l1(self.vectors(h)) for h in range(self.part.heads)])
+        for some in _chunks(len(nodes), len(nodes) * self.part.heads):
+            alpha = self.attend.pattern(self.part, some) * self._scale[some]
+            if measure == "l1":
+                yield some, alpha * norms[:, None, : some.stop]
+            else:
+                yield some, self._proximity(alpha, nodes[some])
+
+    def _proximity(self, alpha: Tensor, nodes: Tensor) -> Tensor:
+        """[H, n, end], like alpha, for the nodes [n, hidden]."""
+        found = torch.empty_like(alpha)
+        for h in range(self.part.heads):
+            vectors = self.vectors(h)[: alpha.shape[2]]
+            for few in _chunks(len(nodes), vectors.numel()):
+                found[h, few] = _proximity(alpha[h, few, :, None] * vectors, nodes[few, None])
+        return found
+
+
+def _weigh_level(
+    measure: str, nodes: Tensor, singles: Sequence[Tensor], heads: _Heads | None = None
+) -> tuple[list[Floats], Floats | None]:
+    """Weights of all edges into the nodes [T, hidden] of one level: those [T] of each of `singles` [T, hidden], and
+    those [H, P] of attention, -inf where a sliding window leaves no edge."""
+    raw = [_l1(vectors) if measure == "l1" else _proximity(vectors, nodes) for vectors in singles]
+    total, packed = torch.stack(raw).sum(0), None
+    if heads is not None:
+        rows, columns = pairs(len(nodes))
+        packed = np.empty((heads.part.heads, len(rows)), np.float32)
+        for some, weights in heads.raw_weights(measure, nodes):
+            total[some] += weights.sum((0, 2))
+            weights /= total[some].clamp_min(_TINY)[:, None]
+            here = slice(*np.searchsorted(rows, [some.start, some.stop]))
+            places = torch.from_numpy((rows[here] - some.start) * some.stop + columns[here])
+            packed[:, here] = _host(weights.flatten(1)[:, places.to(weights.device)])
+        if heads.part.window is not None:
+            packed[:, rows - columns >= heads.part.window] = -np.inf
+    return [_host(x / total.clamp_min(_TINY)) for x in raw], packed
 
 
 def _l1(x: Tensor) -> Tensor:
@@ -112,87 +187,31 @@ def _l1(x: Tensor) -> Tensor:
 
 
 def _proximity(vectors: Tensor, node: Tensor) -> Tensor:
-    return (_l1(node) - _l1(node - vectors)).clamp_min(0)
-
-
-def _layer_l1(decoder: Decoder, l: int, stream: Tensor, rotation: tuple[Tensor, Tensor]) -> list[Step]:
-    edges = layer_edges(decoder, l, stream, rotation, (1, len(stream)))
-    assert edges.mlp_residual is not None
-    window = decoder.spec.window[l]
-    return [
-        Step(l, _host(edges.attention_residual[0]), attention=pack_pairs(edges.attention[0], window)),
-        Step(l, _host(edges.mlp_residual[0]), mlp=_host(edges.mlp[0])),
-    ]
-
-
-def _layer_ifr(decoder: Decoder, l: int, stream: Tensor, rotation: tuple[Tensor, Tensor]) -> list[Step]:
-    seen: dict[str, Tensor] = {}
-
-    def tap(name: str, layer: int, value: Tensor) -> Tensor:
-        seen[name] = value
-        return value
-
-    attend = PatternAttend(1, len(stream), device=stream.device)
-    decoder.layer(l, stream, rotation, attend, tap)
-    part, middle, out = decoder.layers[l].attention, seen["stream_mid"], seen["stream_out"]
-    assert part is not None
-    alpha = attend.alpha[0] * target_scale(part, seen["z"])[:, None]
-    attention = _attention_proximity(middle, alpha, attention_vectors(part, attend.v[0]))
-    residual = _proximity(stream, middle)
-    total = (residual + attention.sum((0, 2))).clamp_min(torch.finfo(torch.float32).tiny)
-    mlp, skipped = _proximity(seen["mlp_out"].float(), out), _proximity(middle, out)
-    both = (mlp + skipped).clamp_min(torch.finfo(torch.float32).tiny)
-    window = decoder.spec.window[l]
-    return [
-        Step(l, _host(residual / total), attention=pack_pairs(attention / total[:, None], window)),
-        Step(l, _host(skipped / both), mlp=_host(mlp / both)),
-    ]
-
-
-def attention_vectors(attention: Attention, v: Tensor) -> Tensor:
-    """float32 [H, T, hidden]: `W_O^h v` of each query head, from the values v [K, T, D]; an edge's vector is alpha
-    times this. With a post-norm `gamma * W_O^h v`, and alpha times `target_scale`."""
-    per_head = scale_rows(attention.o.dense(), attention.post_norm).view(attention.o.shape[0], attention.heads, -1)
-    values = v.float().repeat_interleave(attention.heads // attention.kv_heads, 0)
-    return torch.einsum("htd,ohd->hto", values, per_head)
-
-
-def _attention_proximity(node: Tensor, alpha: Tensor, vectors: Tensor) -> Tensor:
-    """[H, T, T]: proximity of `alpha[h, i, j] * vectors[h, j]` to node [T, hidden] i, a few targets at a time."""
-    found = torch.zeros_like(alpha)
-    few = max(1, _CHUNK // vectors[0].numel())
-    for h, per_source in enumerate(vectors):
-        for start in range(0, len(node), few):
-            end = min(start + few, len(node))
-            edges = alpha[h, start:end, :end, None] * per_source[:end]
-            found[h, start:end, :end] = _proximity(edges, node[start:end, None])
-    return found
-
-
-def pack_pairs(attention: Tensor, window: int | None = None) -> Floats:
-    """[H, T, T] -> float32 [H, T(T+1)/2] over `extract.pairs`, -inf where a sliding window leaves no edge."""
-    rows, columns = pairs(attention.shape[-1])
-    packed = attention.flatten(1)[:, torch.from_numpy(rows * attention.shape[-1] + columns)]
-    values = _host(packed)
-    if window is not None:
-        values[:, rows - columns >= window] = -np.inf
-    return values
+    """`max(|x|_1 - |x - z|_1, 0)`, element by element and without x - z, in which a small z would drown."""
+    along = torch.where(node < 0, -vectors, vectors)
+    return torch.minimum(along, 2 * node.abs() - along).sum(-1).clamp_min(0)
 
 
 def _host(x: Tensor) -> Floats:
-    """A writable float32 copy in [0, 1]: the quotient of a part and its sum may round to just above 1."""
-    return x.float().clamp(0, 1).cpu().numpy().copy()
+    """float32 in [0, 1]: the quotient of a part and its sum may round to just above 1."""
+    return x.clamp(0, 1).cpu().numpy()
 
 
-def draw_weights(layers: int, heads: int, tokens: int, seed: int | Sequence[int] = 0) -> EdgeWeights:
+def draw_weights(spec: Spec, tokens: int, seed: int | Sequence[int] = 0) -> EdgeWeights:
     """One uniform weight per edge, whatever node it leads to, for random connected growth.
 
     They are not divided by their sum over a node: that would favour nodes of few edges, which are the early positions.
     """
     generator = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> Floats:
+        return generator.random(shape, np.float32)
+
     steps: list[Step] = []
-    for l in range(layers):
-        attention = generator.random((heads, tokens * (tokens + 1) // 2), np.float32)
-        steps.append(Step(l, generator.random(tokens, np.float32), attention=attention))
-        steps.append(Step(l, generator.random(tokens, np.float32), mlp=generator.random(tokens, np.float32)))
+    for l in range(spec.layers):
+        residual, attention = draw(tokens), draw(spec.heads, tokens * (tokens + 1) // 2)
+        if spec.parallel:
+            steps.append(Step(l, residual, attention, draw(tokens)))
+        else:
+            steps += [Step(l, residual, attention), Step(l, draw(tokens), mlp=draw(tokens))]
     return EdgeWeights(tuple(steps), tokens)

@@ -71,6 +71,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": _MULTI_HEAD,
 }
 KINDS = tuple(_KINDS)
+# Every family as its edges are checked: also with a bias after the heads, and parallel blocks in turn.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in KINDS} | {
+    "llama_bias": ("llama", {"attention_bias": True}),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
+}
 _UNSET = frozenset({"pad_token_id", "sliding_window"})  # settings of which None is a value of its own
 
 
@@ -134,6 +139,12 @@ def save_tiny(folder: Path, family: str = "llama", seed: int = 0, **config_overr
     make_tiny(family, seed, **config_overrides).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_variant(folder: Path, variant: str) -> Path:
+    """`save_tiny` of one of `VARIANTS`."""
+    family, options = VARIANTS[variant]
+    return save_tiny(folder, family, **options)
 
 
 def scatter_blocks(lengths: list[int], blocks: int, seed: int = 0) -> torch.Tensor:
