@@ -14,18 +14,17 @@ from strace.ablate import CONTROLS, Masks, Selection, Selections, compose, measu
 from strace.checkpoint import load_decoder, open_checkpoint
 from strace.decoder import Attention, Decoder, DenseAttend, Layer
 from strace.edges import PatternAttend
-from strace.extract import SIZES, StepMask, Traces, pairs
+from strace.extract import SIZES, Booleans, StepMask, Traces, pairs
 from strace.importance import draw_weights, weigh_edges
 from strace.linear import Linear
-from tests.tiny import KINDS, random_tokens, save_tiny
+from tests.tiny import VARIANTS, random_tokens, save_variant
 
 T = 9
 
 
-@pytest.fixture(params=sorted(set(KINDS) - {"gpt_neox"}))
+@pytest.fixture(params=VARIANTS)
 def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
-    save_tiny(tmp_path, request.param, **({"attention_bias": True} if request.param == "llama" else {}))
-    return load_decoder(open_checkpoint(str(tmp_path)), "fp32")
+    return load_decoder(open_checkpoint(str(save_variant(tmp_path, request.param))), "fp32")
 
 
 @dataclass
@@ -47,9 +46,17 @@ def all_on(decoder: Decoder, tokens: int = T) -> Written:
 
     steps: list[StepMask] = []
     for _ in range(decoder.spec.layers):
-        steps.append(StepMask(on(tokens), on(decoder.spec.heads, len(pairs(tokens)[0])), None))
-        steps.append(StepMask(on(tokens), None, on(tokens)))
+        heads = on(decoder.spec.heads, len(pairs(tokens)[0]))
+        if decoder.spec.parallel:
+            steps.append(StepMask(on(tokens), heads, on(tokens)))
+        else:
+            steps += [StepMask(on(tokens), heads, None), StepMask(on(tokens), None, on(tokens))]
     return Written(steps)
+
+
+def attention_of(masks: Written) -> list[Booleans]:
+    """The masks of each layer's attention edges."""
+    return [mask.attention for mask in masks.steps if mask.attention is not None]
 
 
 def plain(decoder: Decoder, tokens: Tensor) -> Tensor:
@@ -69,9 +76,8 @@ def test_all_edges_on_equal_the_full_run(decoder: Decoder) -> None:
 
 def test_all_attention_off_changes_the_logits(decoder: Decoder) -> None:
     masks = all_on(decoder)
-    for mask in masks.steps[::2]:
-        assert mask.attention is not None
-        mask.attention[:] = False
+    for attention in attention_of(masks):
+        attention[:] = False
     without = logits(decoder, masks)
     assert (without - plain(decoder, random_tokens(T))).abs().max() > 0.1
     dropped = replace(decoder, layers=[Layer(_only_bias(layer), layer.mlp) for layer in decoder.layers])
@@ -91,9 +97,7 @@ def _only_bias(layer: Layer, head: int | None = None) -> Attention:
 @pytest.mark.parametrize(("l", "head"), [(0, 0), (1, 1), (2, -1)])
 def test_one_head_off_equals_removing_its_slice_of_the_output_projection(decoder: Decoder, l: int, head: int) -> None:
     masks = all_on(decoder)
-    attention = masks.steps[2 * l].attention
-    assert attention is not None
-    attention[:, head] = False
+    attention_of(masks)[l][:, head] = False
     layers = list(decoder.layers)
     layers[l] = Layer(_only_bias(layers[l], head), layers[l].mlp)
     removed = plain(replace(decoder, layers=layers), random_tokens(T))
@@ -116,32 +120,33 @@ def _by_hand(decoder: Decoder, masks: Written) -> Tensor:
     tokens, rows_columns = random_tokens(T), pairs(T)
     places = torch.arange(T)
     x, rotation = decoder.embedded(tokens, places), decoder.rotation(places)
+    steps = iter(masks.steps)
     for l, layer in enumerate(decoder.layers):
-        first, second = masks.steps[2 * l : 2 * l + 2]
-        part, attend = layer.attention, PatternAttend(1, T)
+        mask, part, attend = next(steps), layer.attention, PatternAttend(1, T)
         assert part is not None
-        assert first.attention is not None
-        assert second.mlp is not None
+        assert mask.attention is not None
         decoder.attention(l, x, rotation, attend)
         bias = 0 if part.o.bias is None else part.o.bias
         weight = part.o.dense().view(-1, part.heads, decoder.spec.head_dim)
         added = torch.zeros_like(x) + bias
         for h in range(part.heads):
             for p, (i, j) in enumerate(zip(*rows_columns, strict=True)):
-                if first.attention[0, h, p]:
+                if mask.attention[0, h, p]:
                     value = attend.v[0, h // decoder.spec.group, j]
                     added[i] += attend.alpha[0, h, i, j] * (weight[:, h] @ value)
         added = added if part.post_norm is None else part.post_norm(added)
-        x = torch.from_numpy(first.residual[0])[:, None] * x + added
+        if not decoder.spec.parallel:
+            x, added, mask = torch.from_numpy(mask.residual[0])[:, None] * x + added, torch.zeros_like(x), next(steps)
         mlp = decoder.mlp(l, x)
         assert mlp is not None
-        x = torch.from_numpy(second.residual[0])[:, None] * x + torch.from_numpy(second.mlp[0])[:, None] * mlp
+        assert mask.mlp is not None
+        x = torch.from_numpy(mask.residual[0])[:, None] * x + added + torch.from_numpy(mask.mlp[0])[:, None] * mlp
     return decoder.logits(x[-1:])
 
 
 def make_selections(decoder: Decoder, tokens: Tensor, counts: list[int]) -> Selections:
     traces = Traces(weigh_edges(decoder, tokens))
-    random = Traces(draw_weights(decoder.spec.layers, decoder.spec.heads, len(tokens), 1))
+    random = Traces(draw_weights(decoder.spec, len(tokens), 1))
     return Selections(traces, random, [Selection(control, count) for control in CONTROLS for count in counts])
 
 
@@ -153,7 +158,7 @@ def test_controls_hold_the_edges_that_their_names_say(decoder: Decoder) -> None:
     reached = make_selections(decoder, tokens, [sets.traces.total])
     compositions = {"trace": compose(sets.traces, counts), "random": compose(sets.random, counts)}
     held = np.zeros(len(sets), np.int64)
-    for number in range(2 * decoder.spec.layers):
+    for number in range(decoder.spec.steps):
         in_graph = reached.traces.masks(number, [sets.traces.total])
         mask = sets.step(number, slice(0, len(sets)))
         for kind in ("residual", "attention", "mlp"):
@@ -205,7 +210,7 @@ def test_means_are_over_all_positions_of_all_prompts(decoder: Decoder) -> None:
     means = measure_means(decoder, prompts)
     embedded = torch.cat([decoder.embedded(p, torch.arange(len(p))) for p in prompts]).mean(0)
     assert torch.allclose(means.residual[0], embedded, atol=1e-5)
-    assert [mlp is None for mlp in means.mlp] == [True, False] * decoder.spec.layers
+    assert [mlp is None for mlp in means.mlp] == ([False] if decoder.spec.parallel else [True, False]) * 3
     assert [tuple(v.shape) for v in means.values] == [(2, decoder.spec.head_dim)] * decoder.spec.layers
     with pytest.raises(ValueError, match="at least one prompt"):
         measure_means(decoder, [])

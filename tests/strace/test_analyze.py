@@ -116,6 +116,23 @@ def test_every_prompt_has_its_rows_and_they_add_up(done: Options) -> None:
         assert part.entropy == pytest.approx(float(entropy(p)), abs=1e-4)
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_gpt_neox_is_analyzed_in_steps_of_its_blocks(tmp_path: Path, parallel: bool) -> None:
+    model = save_tiny(tmp_path / "neox", "gpt_neox", use_parallel_residual=parallel)
+    prompts = write_prompts(tmp_path / "p.jsonl")
+    arguments = ["analyze", str(model), "--prompts", str(prompts), "-o", str(tmp_path), "--words", "4", "--limit", "2"]
+    result = runner.invoke(app, [*arguments, "--sizes", "0.01,0.3,1"])
+    assert result.exit_code == 0, result.output
+    shape = read_manifest(tmp_path / "neox").shape
+    assert shape.steps == (3 if parallel else 6)
+    for part in read_parts(tmp_path / "neox"):
+        assert part.edges == count_edges(shape.layers, shape.heads, part.tokens, parallel)
+        assert [len(residual) for residual in part.residual] == [shape.steps] * 3
+        whole = {row.control: row for row in part.rows if row.size == 1}
+        assert max(whole["trace"].tv, whole["random"].tv) < 1e-4
+        assert whole["inverse"].edges == 0
+
+
 def test_rows_are_one_json_object_per_masked_run(done: Options) -> None:
     write_rows(done.output, read_parts(done.output))
     rows = [json.loads(line) for line in (done.output / ROWS).read_text().splitlines()]

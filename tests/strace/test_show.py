@@ -43,6 +43,14 @@ def test_the_whole_graph_is_the_full_model(model: str) -> None:
     assert [likely.token for likely in shown.full] == [likely.token for likely in shown.trace]
 
 
+def test_parallel_blocks_have_a_level_per_layer(tmp_path: Path) -> None:
+    shown = trace_prompt(str(save_tiny(tmp_path, "gpt_neox")), "abcdef", 0.2)
+    assert shown.levels == 4
+    assert shown.layers == [0, 1, 2]
+    assert {edge.kind for edge in shown.edges} == {"residual", "attention", "mlp"}
+    draw_trace(shown)
+
+
 def test_the_picture_has_a_line_per_edge_and_a_label_per_token(model: str) -> None:
     shown = trace_prompt(model, PROMPT, 0.1)
     axes = draw_trace(shown).axes[0]
