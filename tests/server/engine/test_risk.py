@@ -97,6 +97,7 @@ def test_a_longer_text_is_verified_from_where_the_measured_ones_ended(max_draft:
     assert long.ran.divergent == short.ran.divergent
     assert max(long.unverified) < TOKENS - 1
     assert len(long.ids) == 3 * TOKENS
+    assert long.ran.drafted - short.ran.drafted > TOKENS, "the rest is drafted too"
 
 
 def test_every_other_parameter_is_unusual() -> None:
