@@ -81,6 +81,7 @@ Seed = Annotated[
 
 @app.command(
     epilog="Every flag has an environment variable: STRACE_LLM_PORT for --port, STRACE_LLM_API_KEY for --api-key. "
+    "SIGTERM lets requests in progress finish, SIGHUP reads the subgraphs again. "
     "Example: strace-llm serve HuggingFaceTB/SmolLM2-135M --port 8001 --mode exact"
 )
 def serve(
