@@ -347,7 +347,8 @@ def quantise_decoder(decoder: Decoder, format: str) -> Decoder:
     """
 
     def convert(linear: Linear) -> Linear:
-        return make_linear(linear.dense().to(decoder.dtype), linear.bias, format)
+        weight = linear.weight if isinstance(linear.weight, Tensor) else linear.weight.dense()
+        return make_linear(weight.to(decoder.dtype), linear.bias, format)
 
     layers = []
     for layer in decoder.layers:

@@ -27,6 +27,7 @@ GROUP = 32
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("fp32", "bf16", "int8", "int4")
 _CACHE_LINE = 64
+_PIECE = 1 << 18  # weights quantised at once: what is made of them on the way stays in the processor's cache
 _KERNEL_ROWS = 16  # torch's CPU int4 kernel takes output rows in multiples of this
 
 
@@ -61,6 +62,15 @@ def quantise(weight: Tensor, format: str) -> Codes:
         raise ValueError(f"{format!r} is not a quantised format; choose int8 or int4")
     if format == "int4" and k % GROUP:
         raise ValueError(f"int4 needs a multiple of {GROUP} inputs, got {k}")
+    step = max(1, _PIECE // k)
+    pieces = [_quantise_rows(weight[first : first + step], format) for first in range(0, n, step)]
+    codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return Codes(format, codes, scales)
+
+
+def _quantise_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows."""
+    n, k = weight.shape
     groups = k // GROUP if format == "int4" else 1
     low, high = (-8, 7) if format == "int4" else (-127, 127)
     blocks = weight.detach().float().reshape(n, groups, k // groups)
@@ -73,7 +83,7 @@ def quantise(weight: Tensor, format: str) -> Codes:
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(error, best)
     codes = (blocks / scales).round().clamp(low, high).to(torch.int8).view(n, k)
-    return Codes(format, codes, scales.squeeze(2).to(torch.bfloat16))
+    return codes, scales.squeeze(2).to(torch.bfloat16)
 
 
 def round_activations(x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 
@@ -26,6 +27,7 @@ from strace.native import NativeError
 from strace.sampling import Sampler
 
 _CACHE_LINE = 64
+_PIECE_ROWS = 512  # whole panels
 _FORMAT_OF = {dtype: name for name, dtype in DENSE.items()}
 
 
@@ -35,7 +37,7 @@ class Weights:
     The copies lie one after the other, as a step reads them, on large pages where the system has them.
     """
 
-    def __init__(self, matrices: Iterable[Tensor | Codes]) -> None:
+    def __init__(self, matrices: Iterable[Tensor | Codes], threads: int = 1) -> None:
         library = native.load()
         distinct = {_place(weight): weight for weight in matrices}
         sizes = {}
@@ -44,16 +46,19 @@ class Weights:
             packed = library.st_packed_bytes(format, rows, columns)
             sizes[place] = -(-packed // _CACHE_LINE) * _CACHE_LINE
         self.bytes = sum(sizes.values())
-        self._memory = mmap.mmap(-1, self.bytes)
+        self._memory = mmap.mmap(-1, self.bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._packed = {}
         self._kept: list[Tensor] = []
-        for place, weight in distinct.items():
-            _pack(weight, start)
+        for place, size in sizes.items():
             self._packed[place] = start
-            start += sizes[place]
+            start += size
+        pieces = [piece for place, weight in distinct.items() for piece in _cut(weight, self._packed[place])]
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(lambda piece: _pack(*piece), pieces):
+                pass
 
     def matrix(self, weight: Tensor | Codes, bias: Tensor | None = None) -> native.Matrix:
         return native.Matrix(*_describe(weight), self._packed[_place(weight)], self.keep(bias, torch.float32))
@@ -85,13 +90,26 @@ def _describe(weight: Tensor | Codes) -> tuple[int, int, int]:
     return native.FORMATS[name], rows, columns
 
 
+def _cut(weight: Tensor | Codes, address: int) -> Iterator[tuple[Tensor | Codes, int]]:
+    """Some rows of a matrix at a time, and where they are packed."""
+    format, rows, columns = _describe(weight)
+    for first in range(0, rows, _PIECE_ROWS):
+        part = slice(first, first + _PIECE_ROWS)
+        place = address + native.load().st_packed_bytes(format, first, columns)
+        if isinstance(weight, Codes):
+            yield replace(weight, codes=weight.codes[part], scales=weight.scales[part]), place
+        else:
+            yield weight[part], place
+
+
 def _pack(weight: Tensor | Codes, address: int) -> None:
     library, described = native.load(), _describe(weight)
     if isinstance(weight, Codes):
         codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
         native.check(library.st_pack_codes(*described, codes.data_ptr(), scales.data_ptr(), address))
     else:
-        native.check(library.st_pack_dense(*described, weight.contiguous().data_ptr(), address))
+        dense = weight.contiguous()
+        native.check(library.st_pack_dense(*described, dense.data_ptr(), address))
 
 
 def _matrices(decoder: Decoder) -> list[Tensor | Codes]:
@@ -289,7 +307,7 @@ class NativeRunner:
         if not self._handle:
             raise NativeError(self._library.st_error().decode())
         self._destroy = weakref.finalize(self, self._library.st_destroy, self._handle)
-        self._weights = Weights(chain.from_iterable(_matrices(decoder) for decoder in graphs.values()))
+        self._weights = Weights(chain.from_iterable(_matrices(decoder) for decoder in graphs.values()), self.threads)
         self._numbers = {}
         for name, decoder in graphs.items():
             description = _describe_graph(decoder, self._weights)
