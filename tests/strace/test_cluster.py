@@ -80,3 +80,10 @@ def test_any_words_give_names_that_a_folder_can_bear(words: list[str], labels: l
 def test_what_was_found_can_be_read_again(tmp_path: Path) -> None:
     found = cluster_prompts(make_log())
     assert read_prompts(save_clusters(tmp_path, found)) == found.classes
+
+
+def test_a_name_is_the_words_that_tell_most() -> None:
+    words = ["rare", "common", "telling", "second", "other", "ab1"]
+    telling = np.array([[0.1, 0.9, 0.8, 0.5, 0.0, 0.0], [0.0, 0.9, 0.0, 0.0, 0.3, 0.9], [0.0, 0.9, 0.0, 0.0, 0.1, 0.0]])
+    assert name_clusters(telling, words, np.array([0, 1, 1])) == ["telling-second", "ab-other"]
+    assert name_clusters(0 * telling, words, np.array([0, 1, 1])) == ["cluster", "cluster-2"]
