@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -78,12 +79,15 @@ def build_engine(
     blocks = count_blocks(full, where.kv_memory, options.max_running)
     runner = make_runner({FULL: full, **drafts}, blocks, where.runner, where.compile)
     certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype))
+    classes, limits = tuple(drafts), Limits(full.spec.context, full.spec.vocabulary)
+    del full, drafts  # the native runner has packed them
+    _give_back_memory()
     engine = Engine(
         runner,
         tokenizer,
         checkpoint.stop_ids,
-        drafts=drafts,
-        limits=Limits(full.spec.context, full.spec.vocabulary),
+        drafts=classes,
+        limits=limits,
         cost=measure_start(runner, checkpoint.weight_hash),
         chooser=chooser,
         unpaying={} if folder is None else list_unpaying(folder),
@@ -152,6 +156,12 @@ def count_blocks(full: Decoder, kv_memory: int | None, max_running: int) -> int:
     if memory < size:
         raise ValueError(f"kv_memory of {memory} bytes does not hold one block of {size} bytes")
     return min(memory // size, max_running * -(-full.spec.context // BLOCK))
+
+
+def _give_back_memory() -> None:
+    """Let the system have what loading took and has freed: glibc keeps it, against the next time."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _free_memory(device: torch.device) -> int:
