@@ -13,6 +13,7 @@ from server.api.served import Served
 from server.config import EngineConfig, ServeConfig
 from server.engine.build import Placement, build_engine, reload_drafts
 from server.engine.engine import Engine
+from server.engine.grammar import Grammars
 from server.engine.options import Options
 from server.engine.request import Mode
 from server.engine.worker import Worker
@@ -64,6 +65,7 @@ def load_served(config: EngineConfig) -> Served:
         cache=engine.pool.total * BLOCK,
         classes=(*engine.classes, *engine.unpaying),
         metrics=metrics,
+        grammars=Grammars(checkpoint.tokenizer.backend_tokenizer, engine.limits.vocabulary, checkpoint.stop_ids),
         mode=config.mode,
         max_queue=config.max_queue,
         max_draft=engine.options.max_draft,

@@ -8,7 +8,7 @@ confidence, known before the draw, and whether it ends the text. A drawn token i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -137,10 +137,17 @@ class Drafting:
     rows: list[Tensor] = field(default_factory=list)
     emitted: int = 0
     survival: float = 1.0
+    stuck: bool = False
 
-    def draw(self, row: Tensor, confidence: float) -> int:
-        """Draw a token from float32 logits [V]."""
-        (q,) = self.sampler.after(self.tokens).process(row[None])
+    def draw(self, row: Tensor, coverage: float) -> bool:
+        """Draw a token from float32 logits [V]; False where the sampler allows none that this graph has. coverage: the
+        share of the full model's probability on what it has."""
+        row, left = self.sampler.restrict(row, self.tokens)
+        if not left:
+            self.stuck = True
+            return False
+        confidence = float(row.softmax(-1).amax()) * coverage
+        (q,) = replace(self.sampler, allowed=None).after(self.tokens).process(row[None])
         token = draw_draft(q, self.sampler.noise, self.sampler.position + len(self.tokens))
         sure = self.emitted == len(self.tokens) and confidence >= self.limits.threshold
         self.tokens.append(token)
@@ -150,14 +157,17 @@ class Drafting:
             self.emitted += 1
         else:
             self.survival *= self.rule.stands(confidence)
-        return token
+        return True
 
     def goes_on(self, alive: int, drawn: int) -> bool:
         """Whether to draw another; alive, drawn: as in `GainRule.pays`."""
+        if self.stuck:
+            return False
         most = self.limits.left(len(self.tokens) - self.emitted, self.emitted)
         ended = self.tokens[-1] in self.rule.stop_ids
         return not ended and most > 0 and self.rule.pays(self.survival, alive, drawn, most)
 
     @property
     def draft(self) -> Draft:
-        return Draft(self.tokens, self.confidence, None if self.sampler.greedy else torch.stack(self.rows))
+        greedy = self.sampler.greedy or not self.rows
+        return Draft(self.tokens, self.confidence, None if greedy else torch.stack(self.rows))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,9 +202,23 @@ def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
     return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
 
 
-def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, tuple[np.ndarray, ...]]:
+def _allow(sampler: Sampler) -> Callable[..., int]:
+    """What a sampler allows, as C asks for it."""
+    allowed = sampler.allowed
+    if allowed is None:
+        return native.ALLOW()
+
+    def allow(drafts: Sequence[int], count: int, bits: int) -> int:
+        row = allowed(drafts[:count])
+        ctypes.memmove(bits, row.ctypes.data, row.nbytes)
+        return 0
+
+    return native.ALLOW(allow)
+
+
+def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, tuple[Any, ...]]:
     """How a sequence is sampled as C sees it, and what must live until the call is over."""
-    params = sampler.params
+    params, allow = sampler.params, _allow(sampler)
     history, prompt, barred = (
         np.asarray(ids, dtype=np.int64) for ids in (sampler.history, sampler.prompt, sampler.barred)
     )
@@ -230,7 +245,8 @@ def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, tuple[np.ndarra
         barred_count=len(barred),
         bias_count=len(bias),
         barred_until=sampler.barred_until,
-    ), (history, prompt, barred, bias_ids, bias)
+        allow=allow,
+    ), (history, prompt, barred, bias_ids, bias, allow)
 
 
 def _describe_rule(rule: GainRule) -> native.Rule:

@@ -86,12 +86,10 @@ class TorchRunner:
         step, drawn = batch, 0
         while alive:
             logits = self.forward(graph, step, rows)
-            confidence = (logits.softmax(-1).amax(-1) * coverage).tolist()
-            last = {i: drafting[i].draw(row, sure) for i, row, sure in zip(alive, logits, confidence, strict=True)}
-            drawn += len(alive)
-            alive = [i for i in alive if drafting[i].goes_on(len(last), drawn)]
+            drawn += sum([drafting[i].draw(row, coverage) for i, row in zip(alive, logits, strict=True)])
+            alive = [i for i in alive if drafting[i].goes_on(len(alive), drawn)]
             starts = [ends[i] + len(drafting[i].tokens) - 1 for i in alive]
-            tokens = torch.tensor([last[i] for i in alive], dtype=torch.int64)
+            tokens = torch.tensor([drafting[i].tokens[-1] for i in alive], dtype=torch.int64)
             step, rows = Batch(tokens, [1] * len(alive), starts, batch.tables[alive]), list(range(len(alive)))
         return [each.draft for each in drafting]
 

@@ -9,7 +9,7 @@ probability min(1, p/q) and a rejected one is replaced from the residual, so the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -77,7 +77,9 @@ class Sampler:
     """How the next tokens of one sequence are drawn.
 
     position: of the next one. history: the tokens generated before it, if penalties count them; prompt: those before
-    the text, if the repetition penalty does. barred: ids that no token before position `barred_until` may be.
+    the text, if the repetition penalty does. barred: ids that no token before position `barred_until` may be. allowed:
+    the only tokens that may follow given drafts, as bits uint32 [ceil(V / 32)], the lowest first; a row that would be
+    left without any is not restricted.
     """
 
     params: SamplingParams
@@ -87,6 +89,7 @@ class Sampler:
     prompt: Sequence[int] = ()
     barred: Sequence[int] = ()
     barred_until: int = 0
+    allowed: Callable[[Sequence[int]], np.ndarray] | None = None
 
     @property
     def greedy(self) -> bool:
@@ -98,12 +101,25 @@ class Sampler:
         if self.barred and self.position < self.barred_until:
             logits = logits.clone()
             logits[: self.barred_until - self.position, list(self.barred)] = -torch.inf
+        if self.allowed is not None:
+            logits = torch.stack([self.restrict(row, drafts[:i])[0] for i, row in enumerate(logits)])
         histories = [[*self.history, *drafts[:i]] for i in range(len(logits))]
         return process(logits, histories, self.params, self.prompt)
 
+    def restrict(self, row: Tensor, drafts: Sequence[int] = ()) -> tuple[Tensor, bool]:
+        """A row [V] with -inf for what may not follow `drafts`, and whether anything is left; if not, as it was."""
+        if self.allowed is None:
+            return row, True
+        bits = np.unpackbits(self.allowed(drafts).view(np.uint8), count=len(row), bitorder="little")
+        restricted = row.masked_fill(torch.from_numpy(bits == 0), -torch.inf)
+        left = not bool(restricted.isneginf().all())
+        return (restricted if left else row), left
+
     def after(self, tokens: Sequence[int]) -> Sampler:
         """The sampler behind `tokens`."""
-        return replace(self, position=self.position + len(tokens), history=[*self.history, *tokens])
+        allowed = self.allowed
+        behind = None if allowed is None else lambda drafts: allowed([*tokens, *drafts])
+        return replace(self, position=self.position + len(tokens), history=[*self.history, *tokens], allowed=behind)
 
 
 def process(

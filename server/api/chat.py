@@ -35,6 +35,7 @@ from server.api.protocol import (
     Delta,
     FinishReason,
     FunctionDelta,
+    NamedTool,
     RequestMetrics,
     ToolCall,
 )
@@ -52,7 +53,8 @@ def prepare(served: Served, body: ChatRequest, id: str) -> tuple[list[engine.Req
     if body.n > served.max_queue:
         raise invalid(f"{body.n} answers are more than the queue holds ({served.max_queue})", "n")
     prompt = served.write_request(body)
-    requests = served.make_requests(body, served.encode_chat(prompt), body.limit, None, "messages", id)
+    ids, grammar = served.encode_chat(prompt), served.chat_grammar(body, prompt)
+    requests = served.make_requests(body, ids, body.limit, None, "messages", id, grammar)
     return requests, [served.reader(body, prompt) for _ in requests]
 
 
@@ -98,14 +100,14 @@ def choose(served: Served, body: ChatRequest, index: int, reader: Reader, whole:
         index=index,
         message=message,
         logprobs=tell_chat(served.tokenizer, whole.logprobs) if body.logprobs else None,
-        finish_reason=finish_reason(whole.finish, bool(calls)),
+        finish_reason=finish_reason(body, whole.finish, bool(calls)),
     )
 
 
-def finish_reason(finish: str | None, called: bool) -> FinishReason:
-    """Why an answer ended, as OpenAI says it."""
+def finish_reason(body: ChatRequest, finish: str | None, called: bool) -> FinishReason:
+    """Why an answer ended, as OpenAI says it: a call that was asked for by name is a plain end."""
     if finish == "stop":
-        return "tool_calls" if called else "stop"
+        return "tool_calls" if called and not isinstance(body.tool_choice, NamedTool) else "stop"
     return "length"
 
 
@@ -154,7 +156,7 @@ async def _chunks(
         if update.finish is None:
             continue
         finished[index] = final_ran(update)
-        reason = finish_reason(update.finish, index in called)
+        reason = finish_reason(body, update.finish, index in called)
         end = [ChunkChoice(index=index, delta=Delta(), logprobs=logprobs(index), finish_reason=reason)]
         rans = [finished[i] for i in sorted(finished)]
         if len(rans) < len(readers) or body.wants_usage:

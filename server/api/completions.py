@@ -38,11 +38,12 @@ def prepare(served: Served, body: CompletionRequest, id: str) -> list[engine.Req
     if count > served.max_queue:
         message = f"{len(body.prompts)} prompts x n = {body.n} are more than the queue holds ({served.max_queue})"
         raise invalid(message, "prompt" if len(body.prompts) > served.max_queue else "n")
+    grammar = served.completion_grammar(body)
     return [
         request
         for index, prompt in enumerate(body.prompts)
         for request in served.make_requests(
-            body, served.encode_prompt(prompt), body.max_tokens, body.DEFAULT_LIMIT, "prompt", f"{id}-{index}"
+            body, served.encode_prompt(prompt), body.max_tokens, body.DEFAULT_LIMIT, "prompt", f"{id}-{index}", grammar
         )
     ]
 

@@ -28,7 +28,6 @@ UNBUILT = frozenset(
         "prompt_cache_retention",
         "reasoning",
         "reasoning_effort",
-        "response_format",
         "suffix",
         "verbosity",
         "web_search_options",
@@ -141,12 +140,13 @@ class Message(Body):
 
 
 class Function(Body):
-    """A function the model may call; `parameters` is a JSON schema, which the model is told but not held to."""
+    """A function the model may call; `parameters` is a JSON schema, which it is held to where it must call or where any
+    tool is `strict`."""
 
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Body):
@@ -154,6 +154,74 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+
+
+class FunctionChoice(Body):
+    """The function that must be called."""
+
+    name: FunctionName
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema; the answer follows it whether `strict` or not."""
+
+    name: FunctionName
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Body):
+    """What the text must follow, as vLLM has it: one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = Field(None, description="Lark as llguidance has it, or GBNF")
+    json_object: Literal[True] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The one that is given."""
+        return next(iter(self.model_dump(exclude_none=True, by_alias=True)))
+
+    @model_validator(mode="after")
+    def check_one(self) -> StructuredOutputs:
+        """Several would contradict each other."""
+        if len(self.model_dump(exclude_none=True)) != 1:
+            names = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
+            message = f"exactly one of {names} is needed"
+            raise PydanticCustomError("structured_outputs", message, {"param": "structured_outputs"})
+        return self
 
 
 class AnyRequest(Body):
@@ -199,6 +267,17 @@ class GenerationRequest(AnyRequest):
     ignore_eos: bool = Field(False, description="go on behind the model's own end of text")
     min_tokens: int = Field(0, ge=0, description="tokens before which nothing of the two above may end the text")
     n: int = Field(1, ge=1, le=128, description="answers per prompt")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def check_formats(self) -> GenerationRequest:
+        """Two formats would contradict each other."""
+        if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
+            raise PydanticCustomError(
+                "structured_outputs", "not with `response_format`", {"param": "structured_outputs"}
+            )
+        return self
 
     @model_validator(mode="after")
     def check_stream_options(self) -> GenerationRequest:
@@ -238,7 +317,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="passed to the chat template")
 
@@ -262,6 +341,9 @@ class ChatRequest(GenerationRequest):
         """A choice among no tools would be silently ignored otherwise."""
         if self.tool_choice is not None and self.tools is None:
             raise PydanticCustomError("tool_choice", "only allowed with `tools`", {"param": "tool_choice"})
+        names = {tool.function.name for tool in self.tools or ()}
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise PydanticCustomError("tool_choice", "is not one of `tools`", {"param": "tool_choice.function.name"})
         return self
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.api.protocol import (
     AnyRequest,
@@ -12,12 +13,18 @@ from server.api.protocol import (
     CalledFunction,
     ChatRequest,
     Function,
+    FunctionChoice,
     FunctionName,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     Message,
+    NamedSchema,
+    NamedTool,
     PromptDetails,
     Reply,
     RequestMetrics,
     StraceReport,
+    TextFormat,
     Tool,
     ToolCall,
     is_none,
@@ -108,19 +115,36 @@ class FunctionTool(Body):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
-class PlainText(Body):
-    """The only format of text so far."""
+class FunctionToolChoice(Body):
+    """The function that must be called."""
 
-    type: Literal["text"]
+    type: Literal["function"]
+    name: FunctionName
 
 
-class TextOptions(Body):
+class SchemaFormat(NamedSchema):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+
+
+class TextOptions(Item):
     """How the answer is written."""
 
-    format: PlainText = PlainText(type="text")
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] = TextFormat(
+        type="text"
+    )
+
+    @property
+    def as_chat(self) -> TextFormat | JsonObjectFormat | JsonSchemaFormat:
+        """The same in the words of `/v1/chat/completions`."""
+        if not isinstance(self.format, SchemaFormat):
+            return self.format
+        named = NamedSchema(**self.format.model_dump(exclude={"type"}, by_alias=True))
+        return JsonSchemaFormat(type="json_schema", json_schema=named)
 
 
 class ResponsesRequest(AnyRequest):
@@ -130,16 +154,31 @@ class ResponsesRequest(AnyRequest):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     tools: Annotated[list[FunctionTool], Field(max_length=128)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
     truncation: Literal["disabled"] = "disabled"
+
+    @model_validator(mode="after")
+    def check_tools(self) -> ResponsesRequest:
+        """What must be called must be there."""
+        choice = self.tool_choice
+        if isinstance(choice, FunctionToolChoice) and choice.name not in {tool.name for tool in self.tools}:
+            raise PydanticCustomError("tool_choice", "is not one of `tools`", {"param": "tool_choice.name"})
+        if choice == "required" and not self.tools:
+            raise PydanticCustomError("tool_choice", "only allowed with `tools`", {"param": "tool_choice"})
+        return self
 
     def as_chat(self) -> ChatRequest:
         """The same request to `/v1/chat/completions`."""
         tools = [
             Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in self.tools
         ] or None
+        choice = self.tool_choice
+        if isinstance(choice, FunctionToolChoice):
+            chosen: Any = NamedTool(type="function", function=FunctionChoice(name=choice.name))
+        else:
+            chosen = choice if tools else None
         return ChatRequest(
             model=self.model,
             messages=self.messages,
@@ -149,7 +188,8 @@ class ResponsesRequest(AnyRequest):
             top_k=self.top_k,
             seed=self.seed,
             tools=tools,
-            tool_choice=self.tool_choice if tools else None,
+            tool_choice=chosen,
+            response_format=self.text.as_chat,
             parallel_tool_calls=self.parallel_tool_calls,
             strace=self.strace,
         )
@@ -268,7 +308,7 @@ class Response(Reply):
     store: Literal[False] = False
     temperature: float
     text: TextOptions
-    tool_choice: Literal["none", "auto"]
+    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice
     tools: list[FunctionTool]
     top_p: float
     truncation: Literal["disabled"] = "disabled"

@@ -12,7 +12,7 @@ from fastapi import Response as HttpResponse
 from fastapi.concurrency import run_in_threadpool
 
 from server.api import chat
-from server.api.errors import DOCUMENTED, ApiError, count, invalid
+from server.api.errors import DOCUMENTED, ApiError, as_api_error, count, invalid
 from server.api.generation import Generation, event_stream, final_ran, report, request_metrics, while_connected
 from server.api.output import Answer, Call, Part, Reader, Thought
 from server.api.protocol import PromptDetails
@@ -31,12 +31,16 @@ from server.api.response_types import (
     Status,
 )
 from server.api.served import Served, served_model
+from server.engine.request import Refused, Update
 from server.engine.request import Request as EngineRequest
-from server.engine.request import Update
 
 router = APIRouter()
 STREAM: dict[str, Any] = {"text/event-stream": {}}
-OWN_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
+OWN_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format.json_schema.schema": "text.format.schema",
+}
 
 
 def prepare(served: Served, body: ResponsesRequest, id: str) -> tuple[list[EngineRequest], list[Reader]]:
@@ -45,7 +49,8 @@ def prepare(served: Served, body: ResponsesRequest, id: str) -> tuple[list[Engin
         raise invalid("`input` has nothing to answer", "input")
     try:
         return chat.prepare(served, body.as_chat(), id)
-    except ApiError as error:
+    except (ApiError, Refused) as raised:
+        error = as_api_error(raised)
         detail = error.detail
         raise ApiError(
             error.status,
@@ -54,7 +59,7 @@ def prepare(served: Served, body: ResponsesRequest, id: str) -> tuple[list[Engin
             OWN_NAMES.get(detail.param or "", detail.param),
             detail.code,
             error.headers,
-        ) from error
+        ) from raised
 
 
 @router.post("/v1/responses", response_model=Response, responses={200: {"content": STREAM}, **DOCUMENTED})

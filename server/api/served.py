@@ -13,9 +13,11 @@ from fastapi import Request as HttpRequest
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from server.api.constrain import constrain, constrain_chat
 from server.api.errors import ApiError, invalid, not_ready
 from server.api.output import THINK, CallFormat, Reader
 from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message, StraceOptions
+from server.engine.grammar import Grammar, Grammars, Part
 from server.engine.request import Deliver, Mode, Request
 from server.metrics import Metrics
 from strace.sampling import SamplingParams
@@ -66,6 +68,7 @@ class Served:
     context: int
     classes: tuple[str, ...]
     metrics: Metrics
+    grammars: Grammars
     mode: Mode = Mode.AUTO
     max_queue: int = 64
     max_draft: int = 8
@@ -139,6 +142,17 @@ class Served:
         thinking = self.thinks and prompt.rstrip().endswith(THINK)
         return Reader(self.calls if body.callable else None, self.thinks, thinking, body.parallel_tool_calls)
 
+    def chat_grammar(self, body: ChatRequest, prompt: str) -> Grammar | None:
+        """What an answer to `prompt` must follow."""
+        return self._compile(constrain_chat(body, self.calls, self.tokenizer, self.thinks, prompt))
+
+    def completion_grammar(self, body: CompletionRequest) -> Grammar | None:
+        """What a continuation must follow."""
+        return self._compile(constrain(body))
+
+    def _compile(self, asked: tuple[list[Part], str] | None) -> Grammar | None:
+        return None if asked is None else self.grammars.compile(*asked)
+
     def encode_chat(self, text: str) -> list[int]:
         """A conversation that `write_chat` wrote, as token ids."""
         return self.encode_text(text, add_special_tokens=False)
@@ -156,13 +170,20 @@ class Served:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def make_requests(
-        self, body: GenerationRequest, prompt: list[int], limit: int | None, default: int | None, param: str, id: str
+        self,
+        body: GenerationRequest,
+        prompt: list[int],
+        limit: int | None,
+        default: int | None,
+        param: str,
+        id: str,
+        grammar: Grammar | None = None,
     ) -> list[Request]:
         """The engine's requests for one prompt, one per answer asked for; a seed gives each answer one of its own.
 
         limit: tokens asked for; default: where none are, None for the rest of the context. param: the prompt's field.
         """
-        request = self._make_request(body, prompt, limit, default, param, id)
+        request = replace(self._make_request(body, prompt, limit, default, param, id), grammar=grammar)
         return [
             replace(request, id=f"{id}-{i}", params=replace(request.params, seed=_seed_of(body.seed, i)))
             for i in range(body.n)

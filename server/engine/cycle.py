@@ -16,7 +16,7 @@ from torch import Tensor
 from server.engine.cost import CostModel
 from server.engine.guard import Guard, Key, Turn
 from server.engine.options import Options
-from server.engine.request import Mode
+from server.engine.request import Mode, Refused
 from server.engine.scheduler import Plan
 from server.engine.sequence import Sequence
 from server.engine.settle import settle
@@ -77,7 +77,8 @@ class Cycle:
         drafts = self.runner.draft(graph, _batch({s: s.ids[s.verified :] for s in sequences}), plan)
         alive = count_alive(drafts)
         self._turn.drafting[graph] = time.perf_counter() - begun
-        self.cost.observe(graph, alive, self._turn.drafting[graph])
+        if alive:  # a grammar may leave a short head nothing to draw
+            self.cost.observe(graph, alive, self._turn.drafting[graph])
         for sequence, draft in zip(sequences, drafts, strict=True):
             self._turn.drafted[_key(sequence)] += len(draft.tokens)
             sequence.book(draft)
@@ -110,6 +111,9 @@ class Cycle:
                 continue
             try:
                 judged = settle(sequence, rows, self.runner)
+            except Refused as error:
+                failed[sequence] = error
+                continue
             except Exception as error:
                 logger.exception("request %s failed", sequence.request.id)
                 failed[sequence] = error

@@ -178,17 +178,19 @@ class Engine:
             mode, bypass = Mode.EXACT, tripped
         seed = request.params.seed
         noise = Noise(seed, shared=True) if seed is not None else Noise(self._seeds.getrandbits(64), shared=False)
+        stop_ids = (frozenset() if request.ignore_eos else self._stop_ids) | frozenset(request.stop_ids)
         sequence = Sequence(
             request,
             noise,
             Text(self._tokenizer, request.prompt, request.stop, request.specials),
-            (frozenset() if request.ignore_eos else self._stop_ids) | frozenset(request.stop_ids),
+            stop_ids,
             Ran(mode, class_name, len(request.prompt), bypass=bypass, risk=None if tripped else gate.risk),
             deliver,
             Times(time.monotonic()),
             gate,
             torch.zeros(blocks_for(self.limits.context), dtype=torch.int64),
             Shadow() if tripped is not None else None,
+            None if request.grammar is None else request.grammar.begin(stop_ids, request.min_tokens),
         )
         with self._wake:
             if self._stopping:
@@ -294,8 +296,8 @@ class Engine:
                 raise Refused(f"mode {request.mode.value!r} needs a draft and none is loaded", "mode")
             return Mode.FULL, name, Gate(), "no draft is loaded"
         mode = self.options.auto if request.mode == Mode.AUTO else request.mode
-        if mode == Mode.ROUTED and request.logprobs is not None:
-            mode = Mode.EXACT  # they are the full model's, which has not seen what is emitted unverified
+        if mode == Mode.ROUTED and (request.logprobs is not None or request.grammar is not None):
+            mode = Mode.EXACT  # log-probabilities are the full model's; what is emitted cannot be taken back
         gate = self._promises.open(request, name, self.choose) if mode == Mode.ROUTED else Gate()
         mode = Mode.EXACT if gate.shut else mode
         return mode, name, gate, "max_draft is 0" if request.max_draft == 0 else gate.shut or passed
@@ -403,7 +405,7 @@ class Engine:
         begun, logits = time.perf_counter(), self._full_pass(plan)
         rows, plain = sum(map(len, logits.values())), not any(s.draft.tokens for s in plan.decoding)
         for sequence, failure in self.cycle.settle(logits, plan).items():
-            self._fail([sequence], failure)
+            (self._end if isinstance(failure, Refused) else self._fail)([sequence], failure)
             plan.drop(sequence)
         ended = time.perf_counter()
         if rows and not plan.chunks:

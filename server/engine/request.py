@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from server.engine.logprobs import TokenLogprob
 from strace.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from server.engine.grammar import Grammar
 
 
 class Mode(StrEnum):
@@ -45,7 +49,7 @@ class Request:
     most mean divergence of `routed`; `threshold`: a confidence in its place, which promises nothing. `specials`:
     whether the text shows special tokens. `stop_ids` end it beside the model's own, unless `ignore_eos`; none of either
     is drawn before `min_tokens`. `logprobs`: alternatives told beside each token's own log-probability, of the prompt's
-    tokens too if `prompt_logprobs`.
+    tokens too if `prompt_logprobs`. `grammar`: what the text must follow.
     """
 
     id: str
@@ -64,6 +68,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     risk: float | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass

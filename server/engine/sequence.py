@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from server.engine.blocks import chain_key
+from server.engine.grammar import Constraint
 from server.engine.logprobs import TokenLogprob, read_logprobs
 from server.engine.options import Options
-from server.engine.request import Deliver, Mode, Ran, Request, Update
+from server.engine.request import Deliver, Mode, Ran, Refused, Request, Update
 from server.engine.risk import Gate
 from server.engine.text import Text
 from strace.draft import Draft, DraftLimits
@@ -48,7 +49,7 @@ class Sequence:
     Between steps everything but the last token is verified, or the prompt is still being read. draft: what this step
     drew; the first `emitted` of its tokens are already part of the text, the others are held until the full model has
     settled them. blocks: those of the cache that it holds, `table` the same as the runner reads it; the first `sealed`
-    of them are filled and known to the pool.
+    of them are filled and known to the pool. constraint: where it is in the grammar that it must follow.
     """
 
     request: Request
@@ -61,6 +62,7 @@ class Sequence:
     gate: Gate
     table: Tensor
     shadow: Shadow | None = None
+    constraint: Constraint | None = None
     ids: list[int] = field(init=False)
     verified: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -142,6 +144,9 @@ class Sequence:
         history = self.ids[len(prompt) : end] if params.penalises else []
         before = prompt if params.repetition_penalty != 1 else []
         barred_until = len(prompt) + self.request.min_tokens
+        if self.constraint is not None:
+            allowed = self.constraint.allowed
+            return Sampler(params, self.noise, end, history, before, allowed=allowed)
         barred = sorted(self.stop_ids) if end < barred_until else []
         return Sampler(params, self.noise, end, history, before, barred, barred_until)
 
@@ -180,13 +185,21 @@ class Sequence:
         return rows[len(rows) - (end == len(self.ids)) :]
 
     def append(self, token: int, drafted: bool, logprob: TokenLogprob | None = None) -> None:
-        """Add a token to the text and see whether it ends it."""
+        """Add a token to the text and see whether it ends it.
+
+        Raises:
+            Refused: the text must follow a grammar that allows nothing here.
+        """
+        if self.constraint is not None and not self.constraint.append(token):
+            message = f"the grammar allows nothing behind {self.ran.tokens} tokens of the text"
+            raise Refused(message, self.constraint.grammar.param)
         self.ids.append(token)
         self._logprobs += [] if logprob is None else [logprob]
         self._fresh.append(token)
         self._fresh_drafted.append(drafted)
         self.ran.tokens += 1
-        if token in self.stop_ids or self.text.push(token):
+        ended = self.constraint is not None and self.constraint.complete
+        if token in self.stop_ids or self.text.push(token) or ended:
             self.finish = "stop"
         elif self.ran.tokens == self.request.max_tokens:
             self.finish = "length"

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI = 1
+ABI = 2
 FORMATS = {"fp32": 1, "bf16": 2, "int8": 3, "int4": 4}
 NORMS = {"rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_pytorch_tanh": 3}
@@ -122,6 +134,9 @@ class Summary(Structure):
     _fields_ = [("token", c_int64), ("probability", c_float), ("gap", c_float), ("entropy", c_float)]
 
 
+ALLOW = CFUNCTYPE(c_int32, POINTER(c_int64), c_int32, c_void_p)
+
+
 class Sampler(Structure):
     """`st_sampler`."""
 
@@ -136,6 +151,7 @@ class Sampler(Structure):
         ("barred_until", c_int64),
         *((name, c_void_p) for name in ("history", "prompt", "barred", "bias_ids", "bias")),
         *((name, c_int32) for name in ("history_count", "prompt_count", "barred_count", "bias_count")),
+        ("allow", ALLOW),
     ]
 
 

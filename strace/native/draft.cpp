@@ -40,8 +40,13 @@ struct Drafting {
   double survival;
   bool ended;
 
-  // Draw a token from a row of logits, which becomes the distribution it was drawn from.
-  void draw_token(const Row &row, float coverage, int vocabulary, const st_rule &rule) {
+  // Draw a token from a row of logits, which becomes the distribution it was drawn from. False where the row has none
+  // that is allowed: the draft has ended.
+  bool draw_token(const Row &row, float coverage, int vocabulary, const st_rule &rule) {
+    if (!restrict(row, *sampler, {tokens, drawn}, vocabulary)) {
+      ended = true;
+      return false;
+    }
     const float sure = coverage * top_probability(row.values, row.count);
     shape(row, *sampler, {tokens, drawn});
     const int64_t token = row.id(draw(row, *sampler, sampler->position + drawn, Purpose::DRAFT));
@@ -53,6 +58,7 @@ struct Drafting {
       survival *= rule.acceptance[std::min(static_cast<int>(sure * rule.bins), rule.bins - 1)];
     tokens[drawn] = token;
     confidence[drawn++] = sure;
+    return true;
   }
 
   bool goes_on(const st_rule &rule, int alive, int drawn_by_all) const {
@@ -121,9 +127,9 @@ int run(st_runner &runner, const Graph &graph, const st_batch &batch, const st_r
     check(shape, runner.cache, pass);
     forward(runner, graph, pass, step.rows.data(), alive, step.logits.data(), nullptr);
     for (int i = 0; i < alive; ++i)
-      drafting[step.alive[i]].draw_token({step.logits.data() + static_cast<size_t>(i) * rows, rows, shape.token_ids},
-                                         shape.coverage, shape.vocabulary, rule);
-    drawn += alive;
+      drawn += drafting[step.alive[i]].draw_token(
+          {step.logits.data() + static_cast<size_t>(i) * rows, rows, shape.token_ids}, shape.coverage, shape.vocabulary,
+          rule);
     const auto leaves = [&](int s) { return !drafting[s].goes_on(rule, alive, drawn); };
     step.alive.erase(std::remove_if(step.alive.begin(), step.alive.end(), leaves), step.alive.end());
     if (!step.alive.empty()) pass = step.follow(batch, drafting);

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define ST_ABI 1 /* raised whenever a struct or a signature changes */
+#define ST_ABI 2 /* raised whenever a struct or a signature changes */
 
 /* fp32 and bf16 take activations of their own precision; int8 and int4 take int8 activations, one float32 scale per 32
  * (scale = max |x| / 127, round half to even). All accumulate in float32 (int8 products exactly, in int32, per 32). */
@@ -139,6 +139,9 @@ typedef struct {
   const int64_t *bias_ids; /* what is added to their logits: */
   const float *bias;
   int32_t history_count, prompt_count, barred_count, bias_count;
+  /* NULL, or sets the bits (lowest first, [vocabulary / 32] rounded up) of the only tokens that may follow `drafts`
+   * [count], and gives 0. A row that would be left without any is not restricted, and is not drafted from. */
+  int32_t (*allow)(const int64_t *drafts, int32_t count, uint32_t *bits);
 } st_sampler;
 
 /* Where one sequence's draft ends; this and the rule: strace/draft.py. */

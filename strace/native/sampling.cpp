@@ -19,6 +19,7 @@ struct Scratch {
   std::vector<float> weights, maxima;
   std::vector<int> places;
   std::vector<int64_t> seen, repeated;
+  std::vector<uint32_t> allowed;
 };
 thread_local Scratch scratch;
 
@@ -220,6 +221,20 @@ float top_probability(const float *logits, int count) {
   return static_cast<float>(1 / sum(scratch.weights.data(), count));
 }
 
+bool restrict(const Row &row, const st_sampler &sampler, Drafted drafted, int vocabulary) {
+  if (!sampler.allow) return true;
+  std::vector<uint32_t> &bits = scratch.allowed;
+  bits.assign((vocabulary + 31) / 32, 0);
+  if (sampler.allow(drafted.tokens, drafted.count, bits.data()) != 0) return false;
+  const auto allows = [&](int i) { return bits[row.id(i) / 32] >> (row.id(i) % 32) & 1; };
+  int i = 0;
+  while (i < row.count && !allows(i)) ++i;
+  if (i == row.count) return false;
+  for (i = 0; i < row.count; ++i)
+    if (!allows(i)) row.values[i] = NEVER;
+  return true;
+}
+
 void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
   const int count = row.count;
   bias(row, sampler, drafted.count);
@@ -276,8 +291,11 @@ void st_uniform(uint64_t key, int64_t position, int32_t purpose, int32_t count, 
 
 int32_t st_process(st_runner *, float *logits, int32_t rows, const int64_t *drafts, int32_t vocabulary,
                    const st_sampler *sampler) {
-  for (int i = 0; i < rows; ++i)
-    shape({logits + static_cast<size_t>(i) * vocabulary, vocabulary, nullptr}, *sampler, {drafts, i});
+  for (int i = 0; i < rows; ++i) {
+    const Row row{logits + static_cast<size_t>(i) * vocabulary, vocabulary, nullptr};
+    restrict(row, *sampler, {drafts, i}, vocabulary);
+    shape(row, *sampler, {drafts, i});
+  }
   return 0;
 }
 
@@ -287,6 +305,7 @@ int32_t st_verify(st_runner *, float *logits, const float *q, const int64_t *dra
     const size_t offset = static_cast<size_t>(i) * vocabulary;
     const Row p{logits + offset, vocabulary, nullptr};
     const int64_t position = sampler->position + i;
+    restrict(p, *sampler, {drafts, i}, vocabulary);
     shape(p, *sampler, {drafts, i});
     Purpose purpose = Purpose::TOKEN;
     if (i < draft_count && q && !sampler->shared) {

@@ -26,6 +26,10 @@ struct Row {
   int64_t id(int i) const { return ids ? ids[i] : i; }
 };
 
+// -inf for what the sampler does not allow behind the drafts. False where nothing of the row would be left; it then stays
+// as it was.
+bool restrict(const Row &row, const st_sampler &sampler, Drafted drafted, int vocabulary);
+
 // Logits -> probabilities in place, as the sampler wants them; one-hot at temperature 0.
 void shape(const Row &row, const st_sampler &sampler, Drafted drafted);
 

@@ -84,7 +84,8 @@ def draw_rows(drafting: Drafting, rows: list[tuple[int, float]]) -> Drafting:
     for token, confidence in rows:
         row: Tensor = torch.zeros(20)
         row[token] = 50.0
-        assert drafting.draw(row, confidence) == token
+        assert drafting.draw(row, confidence)
+        assert drafting.tokens[-1] == token
     return drafting
 
 

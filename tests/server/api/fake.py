@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.served import Served
+from server.engine.grammar import Grammars
 from server.engine.request import Deliver, Mode, Ran, Request, Update
 from server.metrics import Metrics
 from tests.tiny import make_tokenizer
@@ -116,7 +117,8 @@ def make_ran(request: Request) -> Ran:
 def make_served(engine: FakeEngine, chat_template: bool = True) -> Served:
     """A served model named `tiny` whose tokens are bytes."""
     tokenizer = make_tokenizer() if chat_template else make_tokenizer(None)
-    return Served("tiny", engine, tokenizer, 259, CONTEXT, CLASSES, Metrics(), max_queue=4)
+    grammars = Grammars(tokenizer.backend_tokenizer, 259, [257])
+    return Served("tiny", engine, tokenizer, 259, CONTEXT, CLASSES, Metrics(), grammars, max_queue=4)
 
 
 @contextmanager

@@ -22,6 +22,26 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 GOOD_CHAT: dict[str, Any] = {"model": "tiny", "messages": [TURN]}
 GOOD_COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
 
+
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+FORMATS: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "yaml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": schema_format({"uniqueItems": True})}, "response_format.json_schema.schema"),
+    ({"response_format": schema_format({"type": "never"})}, "response_format.json_schema.schema"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"grammar": "?"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ({"guided_regex": "a"}, "guided_regex"),
+]
 BOTH: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -70,6 +90,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"model": "tiny:code", "strace": {"class": "chat"}}, "strace.class"),
     ({"model": "tiny:exact", "strace": {"mode": "full"}}, "strace.mode"),
 ]
+NAMED = {"type": "function", "function": {"name": "other"}}
 CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -89,14 +110,17 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict"),
     ({"tools": [TOOL]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        "tool_choice.function.name",
+    ),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"prompt": "hi"}, "prompt"),
 ]
 COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
@@ -115,8 +139,8 @@ COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"messages": [TURN]}, "messages"),
 ]
 CASES = [
-    *((CHAT, GOOD_CHAT | change, param) for change, param in BOTH + CHAT_ONLY),
-    *((COMPLETIONS, GOOD_COMPLETION | change, param) for change, param in BOTH + COMPLETION_ONLY),
+    *((CHAT, GOOD_CHAT | change, param) for change, param in BOTH + FORMATS + CHAT_ONLY),
+    *((COMPLETIONS, GOOD_COMPLETION | change, param) for change, param in BOTH + FORMATS + COMPLETION_ONLY),
 ]
 
 
@@ -141,7 +165,7 @@ def test_field_at_fault_is_named(http: httpx.Client, path: str, body: dict[str, 
 
 
 def test_unbuilt_and_unknown_fields_are_told_apart(http: httpx.Client) -> None:
-    assert "not supported" in http.post(CHAT, json=GOOD_CHAT | {"response_format": {}}).json()["error"]["message"]
+    assert "not supported" in http.post(CHAT, json=GOOD_CHAT | {"reasoning_effort": "low"}).json()["error"]["message"]
     assert "unknown field" in http.post(CHAT, json=GOOD_CHAT | {"tolls": []}).json()["error"]["message"]
 
 

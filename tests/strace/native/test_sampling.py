@@ -143,3 +143,30 @@ def test_blocks_follow_the_full_models_law() -> None:
         counts[emitted[0], emitted[1]] += 1
     law = (full[4][:, None] * full[:4]).double().numpy()
     assert stats.chisquare(counts.ravel(), law.ravel() / law.sum() * counts.sum()).pvalue > SUSPICION
+
+
+@settings(max_examples=100, derandomize=True)
+@given(parameters(), st.sampled_from([31, 300]), st.integers(0, 10_000), st.floats(0, 1))
+def test_only_what_is_allowed_has_probability(params: SamplingParams, vocabulary: int, seed: int, share: float) -> None:
+    """As by the reference, by what precedes each row; a row of which nothing would be left stays as it was."""
+    logits, drafts = make_logits(3, vocabulary, seed, False, False), [1, 2]
+    masks = np.random.default_rng(seed).random((3, vocabulary)) < share
+
+    def allowed(before: Any) -> np.ndarray:
+        assert list(before) == drafts[: len(before)]
+        padded = np.zeros(-(-vocabulary // 32) * 32, dtype=np.uint8)
+        padded[:vocabulary] = masks[len(before)]
+        return np.packbits(padded, bitorder="little").view(np.uint32)
+
+    sampler = Sampler(params, Noise(0, shared=False), 5, [3], [4], allowed=allowed)
+    restricted = logits.clone()
+    for row, mask in zip(restricted, masks, strict=True):
+        row[torch.from_numpy(~mask)] = -torch.inf if mask.any() else 0.0 * row[0]
+        if not mask.any():
+            row.copy_(logits[list(masks.any(1)).index(False)])
+    expected = sampler.process(logits.clone(), drafts)
+    assume(not splits_a_rounding(restricted, [[3], [3, 1], [3, 1, 2]], params))
+    got = runner().process(logits.clone(), drafts, sampler)
+    assert (got - expected).abs().max() <= 1e-6
+    for row, mask in zip(got, masks, strict=True):
+        assert not mask.any() or not row[torch.from_numpy(~mask)].any()
