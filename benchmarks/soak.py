@@ -323,8 +323,8 @@ def main() -> None:
             "memory_mib": [round(looks.memory[i] / 2**20, 1) for i in (0, len(looks.memory) // 4, -1)],
             "memory_growth": round(looks.growth(), 4),
             "memory_mib_per_hour": round(looks.slope(), 2),
-            "files": [looks.files[0], looks.files[-1]],
-            "threads": [looks.threads[0], looks.threads[-1]],
+            "server_files": [looks.files[0], looks.files[-1]],
+            "server_threads": [looks.threads[0], looks.threads[-1]],
             "wrong": wrong,
         }
     )
