@@ -207,7 +207,7 @@ class Guard:
             by_class[name] += tokens
         rest = seconds - sum(turn.drafting.values())
         for key, tokens in turn.drafted.items():
-            if key[1] not in turn.forced:
+            if tokens and key[1] not in turn.forced:  # a grammar may leave a short head nothing to draw
                 share = tokens / turn.drafted.total()
                 own = turn.drafting[key[1]] * tokens / by_class[key[1]]
                 bucket.tracks[key].book_drafting(expected, own + rest * share, gained[key] / turn.batch, share)

@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +25,24 @@ from server.engine.grammar import (
     json_part,
     regex_part,
 )
+from server.engine.guard import Guard
 from server.engine.options import Options
 from server.engine.request import Mode, Refused, Request
 from strace import native
-from tests.server.engine.harness import Got, decode, drain, make_engine, make_request, make_runner, submit
+from strace.graphs import make_runner as run_graphs
+from strace.linear import Linear
+from strace.runner import FULL
+from tests.server.engine.harness import (
+    FixedCost,
+    Got,
+    decode,
+    drain,
+    graphs,
+    make_engine,
+    make_request,
+    make_runner,
+    submit,
+)
 from tests.tiny import make_tokenizer
 
 VOCABULARY, EOS = 300, 257
@@ -112,6 +127,25 @@ def test_drafts_change_nothing(kind: str, class_name: str) -> None:
     plain = run(*[replace(request, mode=Mode.FULL, class_name=None) for request in requests], kind=kind)
     assert [got.outcome for got in drafted] == [got.outcome for got in plain]
     assert sum(got.ran.accepted for got in drafted) > 20
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_short_head_without_an_allowed_token_drafts_nothing(kind: str, guarded: bool) -> None:
+    """Alone in its step, which the guard then books, and beside a text that drafts."""
+    full = graphs()[FULL]
+    kept = torch.tensor(sorted(ids_of("xyz!")))
+    head = Linear(full.head.dense()[kept], None, full.dtype)
+    runner = run_graphs({**graphs(), "lame": replace(full, token_ids=kept, head=head)}, 64, kind)
+    request = ask(compile(regex_part("[a-c]{8}")), class_name="lame")
+    plain = run(replace(request, mode=Mode.FULL, class_name=None), kind=kind)[0]
+    for others in ([], [replace(ask(compile(regex_part("[xyz]{20}"))), class_name="lame")]):
+        guard = Guard(FixedCost().table(FULL)) if guarded else None
+        engine = make_engine(runner=runner, stop_ids=[EOS], guard=guard)
+        got = decode(engine, request, *others)
+        assert got[0].outcome == plain.outcome
+        assert got[0].ran.drafted == 0
+        assert guarded or all(other.ran.drafted > 0 for other in got[1:])
 
 
 def test_routed_runs_as_exact() -> None:
