@@ -3,11 +3,11 @@
 At the end the server must be as it was: no request runs or waits, no block of the KV cache is held, no file or thread
 is open that was not, memory does not grow; every text has ended exactly once, and the same seeded question has had the
 same answer all the time. Ends with status 1 where that is not so. This is no measurement of speed: it may run beside
-other work.
+other work, and be stopped and continued as a whole (SIGSTOP); only the time that it runs counts.
 
 Examples:
   python benchmarks/soak.py --minutes 60
-  python benchmarks/soak.py --minutes 3 --users 24 --kv-memory 8MiB
+  python benchmarks/soak.py --minutes 3 --users 24 --pause 0.2 --kv-memory 8MiB
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from strace.checkpoint import EMBEDDED
 CLASSES = ("chat", "code", "facts", "math", "stories")
 MODES = ("auto", "exact", "routed", "full")
 EVERY = 2.0  # seconds between two looks at the process
+PATIENCE = 3600.0  # seconds that may pass while all of this is stopped
 GROWTH = 0.02  # of the memory, from the second quarter of the time to the last: more is a leak
 BAD: tuple[dict[str, Any] | bytes, ...] = (
     b"{",
@@ -66,16 +67,19 @@ class Tally:
 
 @dataclass
 class Looks:
-    """What the process held over time: seconds, bytes of memory, open files, threads."""
+    """What the process held over time: seconds that it ran, bytes of memory, open files, threads."""
 
+    ran: float = 0.0
+    last: float = field(default_factory=time.monotonic)
     seconds: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
 
     def take(self, pid: int) -> None:
-        folder = Path(f"/proc/{pid}")
-        self.seconds.append(time.monotonic())
+        folder, now = Path(f"/proc/{pid}"), time.monotonic()
+        self.ran, self.last = self.ran + min(now - self.last, 2 * EVERY), now
+        self.seconds.append(self.ran)
         self.memory.append(int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
         self.files.append(len(list((folder / "fd").iterdir())))
         self.threads.append(len(list((folder / "task").iterdir())))
@@ -95,7 +99,8 @@ class Looks:
 def serving(model: str, kv_memory: str, users: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server whose cache is too small for all that is asked; its address."""
     command = [Path(sys.executable).parent / "strace-llm", "serve", model, "--port", "0", "--kv-memory", kv_memory]
-    command += ["--served-model-name", "soak", "--max-queue", str(users // 2)]
+    command += ["--served-model-name", "soak", "--max-queue", str(max(3, users // 2))]
+    command += ["--step-timeout", str(PATIENCE), "--drain-timeout", str(PATIENCE)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -117,8 +122,9 @@ class User:
         self.dice = random.Random(number)
         self.client, self.texts, self.tally = client, texts, tally
 
-    async def work(self, until: float) -> None:
-        while time.monotonic() < until:
+    async def work(self, looks: Looks, seconds: float, pause: float) -> None:
+        """Ask, wait for `pause` seconds on average, and so on."""
+        while looks.ran < seconds:
             kind = self.dice.choices(("stream", "whole", "leave", "bad", "same"), (4, 3, 2, 1, 1))[0]
             try:
                 await getattr(self, kind)()
@@ -126,7 +132,7 @@ class User:
                 self.tally.faults.append(f"{kind}: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.5)
             self.tally.requests[kind] += 1
-            await asyncio.sleep(self.dice.expovariate(5))
+            await asyncio.sleep(self.dice.expovariate(1 / pause))
 
     def make(self) -> dict[str, Any]:
         """A request; many begin with one of a few beginnings."""
@@ -143,6 +149,7 @@ class User:
             "strace": {"mode": dice.choice(MODES)},
         }
         more: list[dict[str, Any]] = [{}, {}, {"seed": dice.randint(0, 99)}, {"logprobs": 2}, {"stop": ["\n\n", "the"]}]
+        more.append({"structured_outputs": {"regex": f"[a-z ]{{5,{dice.randint(6, 60)}}}"}})
         return body | dice.choice(more) | dice.choice(({}, {}, {"frequency_penalty": 0.5}))
 
     async def whole(self) -> None:
@@ -230,9 +237,9 @@ async def read(response: httpx.Response) -> str:
     return (await response.aread()).decode()
 
 
-async def watch(pid: int, looks: Looks, until: float) -> None:
-    """Look at the process now and then."""
-    while time.monotonic() < until:
+async def watch(pid: int, looks: Looks, seconds: float) -> None:
+    """Look at the process now and then, until it has run for so long."""
+    while looks.ran < seconds:
         looks.take(pid)
         await asyncio.sleep(EVERY)
 
@@ -259,15 +266,17 @@ def read_metrics(text: str) -> dict[str, float]:
     return figures
 
 
-async def soak(address: str, pid: int, users: int, seconds: float) -> tuple[Tally, Looks, dict[str, float]]:
+async def soak(
+    address: str, pid: int, users: int, seconds: float, pause: float
+) -> tuple[Tally, Looks, dict[str, float]]:
     """All users at once; what they saw, what the process held, what the server says at rest."""
     texts = [text for name in CLASSES for text in read_prompts(name, 20)]
     random.Random(0).shuffle(texts)
-    tally, looks, until = Tally(), Looks(), time.monotonic() + seconds
+    tally, looks = Tally(), Looks()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
-        work = [User(number, client, texts, tally).work(until) for number in range(users)]
-        await asyncio.gather(watch(pid, looks, until), *work)
+    async with httpx.AsyncClient(base_url=address, timeout=PATIENCE, limits=limits) as client:
+        work = [User(number, client, texts, tally).work(looks, seconds, pause) for number in range(users)]
+        await asyncio.gather(watch(pid, looks, seconds), *work)
         figures = await at_rest(client)
     await asyncio.sleep(EVERY)
     looks.take(pid)
@@ -296,15 +305,16 @@ def main() -> None:
     """All of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=60, help="that it runs")
     parser.add_argument("--users", type=int, default=24)
+    parser.add_argument("--pause", type=float, default=0.2, help="mean seconds of a user between two requests")
     parser.add_argument("--kv-memory", default="12MiB", help="small, so that texts lose their blocks to each other")
     arguments = parser.parse_args()
     with serving(arguments.model, arguments.kv_memory, arguments.users) as (address, server):
         seconds = 60 * arguments.minutes
-        tally, looks, figures = asyncio.run(soak(address, server.pid, arguments.users, seconds))
+        tally, looks, figures = asyncio.run(soak(address, server.pid, arguments.users, seconds, arguments.pause))
         server.send_signal(signal.SIGTERM)
-        status = server.wait(60)
+        status = server.wait(PATIENCE)
     wrong = judge(tally, looks, figures) | ({} if status == 0 else {"exit status": str(status)})
     finish(
         {
@@ -313,6 +323,7 @@ def main() -> None:
             **describe(),
             "minutes": arguments.minutes,
             "users": arguments.users,
+            "pause": arguments.pause,
             "kv_memory": arguments.kv_memory,
             "requests": dict(tally.requests),
             "texts_read_to_the_end": tally.texts,

@@ -18,6 +18,7 @@ from server.api.served import Served
 from server.app import create_app
 from server.config import ServeConfig
 from server.engine.engine import Engine
+from server.engine.memory import keep_less
 from server.life import Server
 from server.load import load_served
 
@@ -32,6 +33,7 @@ def serve(config: ServeConfig) -> None:
         OSError: the address cannot be listened on.
         ValueError: see `load_served` and `ServeConfig.api_keys`.
     """
+    keep_less()
     # Before the model is loaded, which may take minutes.
     with listen(config.host, config.port) as listener:
         keys = config.api_keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from server.engine.check import Limits
 from server.engine.cost import make_model, measure_start
 from server.engine.engine import Chooser, Drafts, Engine
+from server.engine.memory import give_back
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
@@ -81,7 +81,7 @@ def build_engine(
     certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype))
     classes, limits = tuple(drafts), Limits(full.spec.context, full.spec.vocabulary)
     del full, drafts  # the native runner has packed them
-    _give_back_memory()
+    give_back()
     engine = Engine(
         runner,
         tokenizer,
@@ -156,12 +156,6 @@ def count_blocks(full: Decoder, kv_memory: int | None, max_running: int) -> int:
     if memory < size:
         raise ValueError(f"kv_memory of {memory} bytes does not hold one block of {size} bytes")
     return min(memory // size, max_running * -(-full.spec.context // BLOCK))
-
-
-def _give_back_memory() -> None:
-    """Let the system have what loading took and has freed: glibc keeps it, against the next time."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def _free_memory(device: torch.device) -> int:
