@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 
-from soak import Looks, Tally, judge, read_metrics
+from soak import EVERY, Looks, Tally, judge, read_metrics
 
 FIGURES = Counter({"requests_total": 14.0, "ended_stop": 10.0, "ended_cancelled": 4.0, "requests_running": 0.0})
 
@@ -35,6 +36,15 @@ def test_what_is_wrong_is_named() -> None:
     expected = {"faults", "requests left", "blocks left", "files left", "threads left", "failed", "memory"}
     assert judge(tally, looks, figures).keys() == expected | {"ended twice or never", "answers differ"}
     assert judge(tally, looks, Counter({**figures, "requests_total": 9}))["ended twice or never"].startswith("9,")
+
+
+def test_time_that_it_was_stopped_does_not_count() -> None:
+    looks = Looks()
+    looks.last -= 1000
+    looks.take(os.getpid())
+    assert looks.ran == 2 * EVERY
+    looks.take(os.getpid())
+    assert 2 * EVERY < looks.ran < 3 * EVERY
 
 
 def test_metrics_are_summed_over_labels() -> None:
