@@ -120,6 +120,19 @@ class Draft:
     q: Tensor | None
 
 
+@dataclass(frozen=True)
+class Held:
+    """Drafts of one text that await the full model's verdict.
+
+    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`.
+    """
+
+    row: int
+    tokens: Sequence[int]
+    q: Tensor | None
+    sampler: Sampler
+
+
 def count_alive(drafts: Sequence[Draft]) -> list[int]:
     """How many sequences shared each step."""
     return [sum(len(draft.tokens) > step for draft in drafts) for step in range(max(len(d.tokens) for d in drafts))]

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from strace import native
 from strace.decoder import MLP, Attention, Decoder, Layer, Norm
-from strace.draft import Draft, DraftLimits, DraftPlan, GainRule
+from strace.draft import Draft, DraftLimits, DraftPlan, GainRule, Held
 from strace.kv import Batch, KVCache
 from strace.linear import DENSE, Codes, Linear
 from strace.native import NativeError
-from strace.sampling import Sampler
+from strace.sampling import Sampler, SamplingParams
 
 _CACHE_LINE = 64
 _PIECE_ROWS = 512  # whole panels
@@ -202,11 +203,8 @@ def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
     return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
 
 
-def _allow(sampler: Sampler) -> Callable[..., int]:
+def _allow(allowed: Callable[[Sequence[int]], np.ndarray]) -> Callable[..., int]:
     """What a sampler allows, as C asks for it."""
-    allowed = sampler.allowed
-    if allowed is None:
-        return native.ALLOW()
 
     def allow(drafts: Sequence[int], count: int, bits: int) -> int:
         row = allowed(drafts[:count])
@@ -216,12 +214,9 @@ def _allow(sampler: Sampler) -> Callable[..., int]:
     return native.ALLOW(allow)
 
 
-def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, tuple[Any, ...]]:
-    """How a sequence is sampled as C sees it, and what must live until the call is over."""
-    params, allow = sampler.params, _allow(sampler)
-    history, prompt, barred = (
-        np.asarray(ids, dtype=np.int64) for ids in (sampler.history, sampler.prompt, sampler.barred)
-    )
+@lru_cache(maxsize=256)
+def _describe_params(params: SamplingParams) -> tuple[native.Sampler, tuple[np.ndarray, np.ndarray]]:
+    """What samplers of these parameters have in common, and what must live as long."""
     bias_ids = np.asarray([id for id, _ in params.logit_bias], dtype=np.int64)
     bias = np.asarray([bias for _, bias in params.logit_bias], dtype=np.float32)
     return native.Sampler(
@@ -230,23 +225,38 @@ def _describe_sampler(sampler: Sampler) -> tuple[native.Sampler, tuple[Any, ...]
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         top_k=params.top_k,
-        shared=sampler.noise.shared,
-        key=sampler.noise.key,
-        position=sampler.position,
         min_p=params.min_p,
         repetition_penalty=params.repetition_penalty,
-        history=history.ctypes.data,
-        prompt=prompt.ctypes.data,
-        barred=barred.ctypes.data,
         bias_ids=bias_ids.ctypes.data,
         bias=bias.ctypes.data,
-        history_count=len(history),
-        prompt_count=len(prompt),
-        barred_count=len(barred),
         bias_count=len(bias),
-        barred_until=sampler.barred_until,
-        allow=allow,
-    ), (history, prompt, barred, bias_ids, bias, allow)
+    ), (bias_ids, bias)
+
+
+def _describe_samplers(samplers: Sequence[Sampler]) -> tuple[ctypes.Array[native.Sampler], list[Any]]:
+    """How sequences are sampled as C sees it, and what must live until the call is over."""
+    described, kept = (native.Sampler * len(samplers))(), list[Any]()
+    size = ctypes.sizeof(native.Sampler)
+    for number, (place, sampler) in enumerate(zip(described, samplers, strict=True)):
+        common = _describe_params(sampler.params)
+        ctypes.memmove(ctypes.addressof(described) + number * size, ctypes.addressof(common[0]), size)
+        place.shared, place.key, place.position = sampler.noise.shared, sampler.noise.key, sampler.position
+        kept.append(common)
+        if sampler.history or sampler.prompt or sampler.barred:
+            kept.append(_add_tokens(place, sampler))
+        if sampler.allowed is not None:
+            place.allow = _allow(sampler.allowed)
+            kept.append(place.allow)
+    return described, kept
+
+
+def _add_tokens(place: native.Sampler, sampler: Sampler) -> list[np.ndarray]:
+    """Describe the tokens that a sampler counts or bars; the arrays that hold them."""
+    arrays = [np.asarray(ids, dtype=np.int64) for ids in (sampler.history, sampler.prompt, sampler.barred)]
+    place.history, place.prompt, place.barred = (array.ctypes.data for array in arrays)
+    place.history_count, place.prompt_count, place.barred_count = map(len, arrays)
+    place.barred_until = sampler.barred_until
+    return arrays
 
 
 def _describe_rule(rule: GainRule) -> native.Rule:
@@ -374,7 +384,7 @@ class NativeRunner:
         sequences, most = len(plan.limits), max(map(_most, plan.limits))
         vocabulary = self.graphs[graph].spec.vocabulary
         described, _borrowed = _describe_batch(batch)
-        samplers, _histories = zip(*map(_describe_sampler, plan.samplers), strict=True)
+        samplers, _kept = _describe_samplers(plan.samplers)
         limits = (native.Limits(limit.held, limit.emitted, limit.room, limit.threshold) for limit in plan.limits)
         counts, tokens = np.empty(sequences, np.int32), np.empty((sequences, most), np.int64)
         confidence, q = np.empty((sequences, most), np.float32), self._q(graph, sequences * most * vocabulary)
@@ -384,7 +394,7 @@ class NativeRunner:
                 self._handle,
                 self._numbers[graph],
                 described,
-                (native.Sampler * sequences)(*samplers),
+                samplers,
                 (native.Limits * sequences)(*limits),
                 _describe_rule(plan.rule),
                 most,
@@ -404,7 +414,7 @@ class NativeRunner:
         return self._rooms[graph]
 
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
-        described, _history = _describe_sampler(sampler)
+        described, _kept = _describe_samplers([sampler])
         rows, vocabulary = logits.shape
         between = np.asarray(drafts, dtype=np.int64)
         native.check(
@@ -412,19 +422,21 @@ class NativeRunner:
         )
         return logits
 
-    def verify(self, logits: Tensor, q: Tensor | None, drafts: Sequence[int], sampler: Sampler) -> list[int]:
-        described, _history = _describe_sampler(sampler)
-        held, token = np.asarray(drafts, dtype=np.int64), ctypes.c_int64()
-        standing = native.check(
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
+        texts = len(held)
+        samplers, _kept = _describe_samplers([text.sampler for text in held])
+        drafts = np.array([token for text in held for token in text.tokens], dtype=np.int64)
+        described, place = (native.Held * texts)(), drafts.ctypes.data
+        for entry, text in zip(described, held, strict=True):
+            entry.row, entry.count, entry.drafts = text.row, len(text.tokens), place
+            if text.q is not None:
+                entry.q = text.q.data_ptr()
+            place += drafts.itemsize * len(text.tokens)
+        standing, tokens = (ctypes.c_int32 * texts)(), (ctypes.c_int64 * texts)()
+        vocabulary = logits.shape[1]
+        native.check(
             self._library.st_verify(
-                self._handle,
-                logits.data_ptr(),
-                None if q is None else q.data_ptr(),
-                held.ctypes.data,
-                len(held),
-                logits.shape[1],
-                described,
-                token,
+                self._handle, logits.data_ptr(), vocabulary, texts, described, samplers, standing, tokens
             )
         )
-        return [*drafts[:standing], token.value]
+        return [[*text.tokens[:n], token] for text, n, token in zip(held, standing, tokens, strict=True)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from strace.blocks import LONGEST_BLOCK
 from strace.decoder import Decoder
+from strace.draft import Held
 from strace.files import file_beside
 from strace.kv import BLOCK, Batch
 from strace.measure import ROW_CHUNK, block_streams
@@ -85,10 +86,10 @@ def _continue(
         pending = torch.tensor([token for i in alive for token in texts[i][starts[i] :]])
         batch = Batch(pending, counts, [starts[i] for i in alive], tables[alive])
         logits = runner.forward(FULL, batch, (np.cumsum(counts) - 1).tolist())
-        for row, i in enumerate(alive):
+        held = [Held(row, [], None, Sampler(params, noises[i], len(texts[i]))) for row, i in enumerate(alive)]
+        for i, new in zip(alive, runner.verify(logits, held), strict=True):
             starts[i] = len(texts[i])
-            sampler = Sampler(params, noises[i], len(texts[i]))
-            texts[i] += runner.verify(logits[row : row + 1], None, [], sampler)
+            texts[i] += new
         alive = [i for i in alive if texts[i][-1] not in stop_ids]
         if not alive:
             return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strace.decoder import Decoder
-from strace.draft import Draft, Drafting, DraftPlan
+from strace.draft import Draft, Drafting, DraftPlan, Held
 from strace.kv import Batch, KVCache, PagedAttend
 from strace.sampling import Sampler, verify
 
@@ -45,8 +45,8 @@ class Runner(Protocol):
         """float32 [R, V]: the distributions that the tokens of R successive rows are drawn from; `drafts` lie between
         them. The logits may be overwritten."""
 
-    def verify(self, logits: Tensor, q: Tensor | None, drafts: Sequence[int], sampler: Sampler) -> list[int]:
-        """`strace.sampling.verify` from the full model's logits, float32 [n + 1, V], which may be overwritten."""
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
+        """Per text `strace.sampling.verify`, from the full model's logits, float32 [R, V], which may be overwritten."""
 
 
 class TorchRunner:
@@ -96,5 +96,11 @@ class TorchRunner:
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
         return sampler.process(logits, drafts)
 
-    def verify(self, logits: Tensor, q: Tensor | None, drafts: Sequence[int], sampler: Sampler) -> list[int]:
-        return verify(sampler.process(logits, drafts), q, drafts, sampler.noise, sampler.position)
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
+        return [_settle(logits[text.row : text.row + len(text.tokens) + 1], text) for text in held]
+
+
+def _settle(logits: Tensor, held: Held) -> list[int]:
+    """One text's drafts, by its own rows."""
+    p = held.sampler.process(logits, held.tokens)
+    return verify(p, held.q, held.tokens, held.sampler.noise, held.sampler.position)

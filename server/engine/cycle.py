@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from server.engine.options import Options
 from server.engine.request import Mode, Refused
 from server.engine.scheduler import Plan
 from server.engine.sequence import Sequence
-from server.engine.settle import settle
+from server.engine.settle import audit, settle
 from server.engine.speculation import Speculation
 from strace.draft import DraftLimits, DraftPlan, GainRule, count_alive
 from strace.kv import Batch
@@ -27,6 +27,20 @@ from strace.runner import FULL, Runner
 
 logger = logging.getLogger(__name__)
 PROBE = 4  # drafts of a probe
+
+
+@dataclass
+class Rows:
+    """What a full pass gave: logits float32 [R, V], and which of them each text goes on from; none inside a prompt."""
+
+    logits: Tensor
+    spans: dict[Sequence, range]
+
+    def read_prompt(self, sequence: Sequence) -> None:
+        """Let a text take its prompt's log-probabilities; the row that its next token follows from is left."""
+        span = self.spans.pop(sequence)
+        if left := sequence.read_prompt(self.logits[span.start : span.stop]):
+            self.spans[sequence] = span[-left:]
 
 
 class Cycle:
@@ -84,33 +98,35 @@ class Cycle:
             sequence.book(draft)
         return sum(alive)
 
-    def full_pass(self, plan: Plan) -> dict[Sequence, Tensor]:
-        """One full-model pass over everything; the rows [n, V] that each text needs to go on, none inside a prompt."""
+    def full_pass(self, plan: Plan) -> Rows:
+        """One full-model pass over everything."""
         tokens = {s: s.ids[s.verified :] + s.held for s in plan.decoding}
-        wanted = {s: len(tokens[s]) for s in plan.decoding}
+        wanted = {s: len(block) for s, block in tokens.items()}
         for sequence, count in plan.chunks.items():
             tokens[sequence] = sequence.ids[sequence.verified : sequence.verified + count]
             wanted[sequence] = count if sequence.reads_prompt else int(sequence.verified + count == len(sequence.ids))
         rows: list[int] = []
+        spans: dict[Sequence, range] = {}
         end = 0
         for sequence, block in tokens.items():
             end += len(block)
-            rows += range(end - wanted[sequence], end)
-        logits = self.runner.forward(FULL, _batch(tokens), rows).split(list(wanted.values()))
-        return {s: part for s, part in zip(tokens, logits, strict=True) if len(part)}
+            if count := wanted[sequence]:
+                spans[sequence] = range(len(rows), len(rows) + count)
+                rows += range(end - count, end)
+        return Rows(self.runner.forward(FULL, _batch(tokens), rows), spans)
 
-    def settle(self, logits: dict[Sequence, Tensor], plan: Plan) -> dict[Sequence, Exception]:
+    def settle(self, rows: Rows, plan: Plan) -> dict[Sequence, Exception]:
         """Bring every text to its next verified state; those that could not be, and why."""
-        failed: dict[Sequence, Exception] = {}
         for sequence, count in plan.chunks.items():
             if sequence.reads_prompt:
-                logits[sequence] = sequence.read_prompt(logits[sequence])
+                rows.read_prompt(sequence)
             sequence.verified += count
-        for sequence, rows in logits.items():
-            if not len(rows):
-                continue
+        settling = {s: audit(s, rows.logits, span.start, self.runner) for s, span in rows.spans.items()}
+        verdicts = self.runner.verify(rows.logits, [each.held for each in settling.values()])
+        failed: dict[Sequence, Exception] = {}
+        for (sequence, each), tokens in zip(settling.items(), verdicts, strict=True):
             try:
-                judged = settle(sequence, rows, self.runner)
+                judged = settle(sequence, each, tokens)
             except Refused as error:
                 failed[sequence] = error
                 continue

@@ -18,13 +18,12 @@ from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from server.engine.auditor import Auditor
 from server.engine.blocks import BlockPool, blocks_for
 from server.engine.check import Limits, check
 from server.engine.cost import CostModel
-from server.engine.cycle import Cycle
+from server.engine.cycle import Cycle, Rows
 from server.engine.faults import lacks_memory
 from server.engine.guard import Guard
 from server.engine.observer import Nobody, Observer, Step
@@ -402,27 +401,27 @@ class Engine:
             self._shed(plan, error)  # those that are left go on without a draft
         for sequence in plan.decoding:
             self._deliver(sequence)
-        begun, logits = time.perf_counter(), self._full_pass(plan)
-        rows, plain = sum(map(len, logits.values())), not any(s.draft.tokens for s in plan.decoding)
-        for sequence, failure in self.cycle.settle(logits, plan).items():
+        begun, rows = time.perf_counter(), self._full_pass(plan)
+        plain = not any(s.draft.tokens for s in plan.decoding)
+        for sequence, failure in self.cycle.settle(rows, plan).items():
             (self._end if isinstance(failure, Refused) else self._fail)([sequence], failure)
             plan.drop(sequence)
         ended = time.perf_counter()
-        if rows and not plan.chunks:
-            self.cost.observe(FULL, [rows], ended - begun)
+        if rows.spans and not plan.chunks:
+            self.cost.observe(FULL, [len(rows.logits)], ended - begun)
         self._account(before, plan, plain, ended)
         for sequence in plan.sequences:
             self.scheduler.seal(sequence)
             self._deliver(sequence)
 
-    def _full_pass(self, plan: Plan) -> dict[Sequence, Tensor]:
+    def _full_pass(self, plan: Plan) -> Rows:
         """The cycle's, of as many texts as there is memory for."""
         while plan.sequences:
             try:
                 return self.cycle.full_pass(plan)
             except Exception as error:
                 self._shed(plan, error)
-        return {}
+        return Rows(torch.empty(0, 0), {})
 
     def _account(self, before: dict[Sequence, int], plan: Plan, plain: bool, ended: float) -> None:
         """Book the step. before: tokens of each text before it."""

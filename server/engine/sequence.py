@@ -173,16 +173,15 @@ class Sequence:
         """Whether `token`, were it next, would end the text by itself."""
         return token in self.stop_ids or self.text.completes_stop(token)
 
-    def read_prompt(self, rows: Tensor) -> Tensor:
+    def read_prompt(self, rows: Tensor) -> int:
         """Take the log-probabilities of the prompt's tokens from the rows of a chunk, float32 [n, V], but for those
-        known from before the text lost its blocks; the row that the next token follows from is given back, float32
-        [0 or 1, V]."""
+        known from before the text lost its blocks; how many of the rows, 0 or 1, the next token follows from."""
         end = self.verified + len(rows)
         following = self.request.prompt[self._prompt_read : end + 1]
         unread = rows[self._prompt_read - 1 - self.verified :]
         self._prompt_logprobs += read_logprobs(unread, following, self.request.logprobs or 0)
         self._prompt_read += len(following)
-        return rows[len(rows) - (end == len(self.ids)) :]
+        return int(end == len(self.ids))
 
     def append(self, token: int, drafted: bool, logprob: TokenLogprob | None = None) -> None:
         """Add a token to the text and see whether it ends it.

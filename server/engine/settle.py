@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from server.engine.logprobs import read_logprobs
 from server.engine.request import Mode
 from server.engine.sequence import Sequence
-from strace.draft import Draft
+from strace.draft import Draft, Held
 from strace.runner import Runner
 from strace.sampling import Sampler, total_variation
 
 
-def settle(sequence: Sequence, logits: Tensor, runner: Runner) -> list[tuple[float, float]]:
+@dataclass(frozen=True)
+class Settling:
+    """A text between the full pass and the verdict on what it holds.
+
+    shares: of each emitted draft, how much the full model would have accepted. raw: its rows before they were shaped,
+    if log-probabilities are asked for. unseen: divergence of what the gate would have emitted.
+    """
+
+    draft: Draft
+    shares: list[float]
+    raw: Tensor | None
+    unseen: list[float]
+    held: Held
+
+
+def audit(sequence: Sequence, logits: Tensor, row: int, runner: Runner) -> Settling:
+    """Compare what was emitted with the full model's choices, and leave what is held to `Runner.verify`.
+
+    logits: the full model's, float32 [R, V]; from `row` on those before each of the step's drafts and after the last.
+    What was emitted has its rows overwritten.
+    """
+    draft, emitted = sequence.take_draft()
+    rows = logits[row : row + len(draft.tokens) + 1]
+    raw = None if sequence.request.logprobs is None else rows[emitted:].clone()
+    unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, rows.clone(), runner)
+    divergences = _diverge(draft, emitted, rows, sequence.sampler(back=emitted), runner)
+    sequence.ran.divergent += sum(divergences)
+    q = None if draft.q is None else draft.q[emitted:]
+    held = Held(row + emitted, draft.tokens[emitted:], q, sequence.sampler())
+    return Settling(draft, [1 - divergence for divergence in divergences], raw, unseen, held)
+
+
+def settle(sequence: Sequence, settling: Settling, tokens: list[int]) -> list[tuple[float, float]]:
     """Bring a text to its next fully verified state.
 
-    logits: the full model's, float32 [n + 1, V], before each of the step's n drafts and after the last; overwritten. At
-    least one token is added: the full model's own. Everything behind a token that ends the text is discarded.
+    tokens: those held that stand, and one of the full model's own. Everything behind a token that ends the text is
+    discarded.
 
     Returns per draft that the full model judged its confidence and the share of it that was accepted, 0 to 1.
     """
-    draft, emitted = sequence.take_draft()
-    count = sequence.request.logprobs
-    raw = None if count is None else logits[emitted:].clone()
-    held, q = draft.tokens[emitted:], None if draft.q is None else draft.q[emitted:]
-    divergences = _diverge(draft, emitted, logits, sequence.sampler(back=emitted), runner)
-    sequence.ran.divergent += sum(divergences)
-    shares = [1 - divergence for divergence in divergences]
-    unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, logits.clone(), runner)
-    tokens = runner.verify(logits[emitted:], q, held, sequence.sampler())
-    accepted = len(tokens) - 1
-    shares += [1.0] * accepted + [0.0] * (accepted < len(held))
+    draft, held, accepted = settling.draft, settling.held.tokens, len(tokens) - 1
+    shares = settling.shares + [1.0] * accepted + [0.0] * (accepted < len(held))
     if sequence.shadow is not None:
         sequence.shadow.judged += min(accepted + 1, len(held))
-        sequence.shadow.divergent += sum(unseen[: accepted + 1])
-    _account(sequence, draft, emitted, accepted)
+        sequence.shadow.divergent += sum(settling.unseen[: accepted + 1])
+    _account(sequence, draft, len(settling.shares), accepted)
+    count, raw = sequence.request.logprobs, settling.raw
     logprobs = [None] * len(tokens) if raw is None else read_logprobs(raw, tokens, count or 0)
     for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
         sequence.append(token, drafted=i < accepted, logprob=logprob)
@@ -55,8 +81,8 @@ def _diverge(draft: Draft, count: int, logits: Tensor, sampler: Sampler, runner:
     if not tokens:
         return []
     if draft.q is None or sampler.noise.shared:
-        chosen = [runner.verify(logits[i : i + 1], None, [], sampler.after(tokens[:i]))[0] for i in range(count)]
-        return [float(token != choice) for token, choice in zip(tokens, chosen, strict=True)]
+        chosen = runner.verify(logits, [Held(i, [], None, sampler.after(tokens[:i])) for i in range(count)])
+        return [float(token != choice) for token, (choice,) in zip(tokens, chosen, strict=True)]
     p = runner.process(logits[:count], tokens[:-1], sampler)
     divergences: list[float] = total_variation(p, draft.q[:count]).tolist()
     return divergences

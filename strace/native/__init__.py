@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI = 2
+ABI = 3
 FORMATS = {"fp32": 1, "bf16": 2, "int8": 3, "int4": 4}
 NORMS = {"rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_pytorch_tanh": 3}
@@ -155,6 +155,12 @@ class Sampler(Structure):
     ]
 
 
+class Held(Structure):
+    """`st_held`."""
+
+    _fields_ = [("row", c_int32), ("count", c_int32), ("drafts", c_void_p), ("q", c_void_p)]
+
+
 class Limits(Structure):
     """`st_limits`."""
 
@@ -203,10 +209,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "st_uniform": (None, [c_uint64, c_int64, c_int32, c_int32, c_void_p]),
     "st_process": (c_int32, [c_void_p, c_void_p, c_int32, c_void_p, c_int32, POINTER(Sampler)]),
-    "st_verify": (
-        c_int32,
-        [c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, POINTER(Sampler), POINTER(c_int64)],
-    ),
+    "st_verify": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, POINTER(Held), POINTER(Sampler), c_void_p, c_void_p]),
 }
 
 

@@ -40,12 +40,12 @@ struct Drafting {
   double survival;
   bool ended;
 
-  // Draw a token from a row of logits, which becomes the distribution it was drawn from. False where the row has none
-  // that is allowed: the draft has ended.
-  bool draw_token(const Row &row, float coverage, int vocabulary, const st_rule &rule) {
+  // Draw a token from a row of logits, which becomes the distribution it was drawn from. Where the row has none that is
+  // allowed the draft has ended.
+  void draw_token(const Row &row, float coverage, int vocabulary, const st_rule &rule) {
     if (!restrict(row, *sampler, {tokens, drawn}, vocabulary)) {
       ended = true;
-      return false;
+      return;
     }
     const float sure = coverage * top_probability(row.values, row.count);
     shape(row, *sampler, {tokens, drawn});
@@ -58,7 +58,6 @@ struct Drafting {
       survival *= rule.acceptance[std::min(static_cast<int>(sure * rule.bins), rule.bins - 1)];
     tokens[drawn] = token;
     confidence[drawn++] = sure;
-    return true;
   }
 
   bool goes_on(const st_rule &rule, int alive, int drawn_by_all) const {
@@ -118,21 +117,27 @@ thread_local std::vector<Drafting> drafting;
 int run(st_runner &runner, const Graph &graph, const st_batch &batch, const st_rule &rule) {
   const st_graph_description &shape = graph.shape;
   const int rows = shape.head.rows;
-  step.begin(batch);
+  Step &now = step;  // this thread's: another one that samples must not look into its own
+  std::vector<Drafting> &texts = drafting;
+  const auto sampler = [&](int i) { return texts[now.alive[i]].sampler; };
+  const auto draw = [&](int i, int) {
+    const Row row{now.logits.data() + static_cast<size_t>(i) * rows, rows, shape.token_ids};
+    texts[now.alive[i]].draw_token(row, shape.coverage, shape.vocabulary, rule);
+  };
+  now.begin(batch);
   st_batch pass = batch;
   int steps = 0;
-  for (int drawn = 0; !step.alive.empty(); ++steps) {
-    const int alive = static_cast<int>(step.alive.size());
-    step.logits.resize(static_cast<size_t>(alive) * rows);
+  for (; !now.alive.empty(); ++steps) {
+    const int alive = static_cast<int>(now.alive.size());
+    now.logits.resize(static_cast<size_t>(alive) * rows);
     check(shape, runner.cache, pass);
-    forward(runner, graph, pass, step.rows.data(), alive, step.logits.data(), nullptr);
-    for (int i = 0; i < alive; ++i)
-      drawn += drafting[step.alive[i]].draw_token(
-          {step.logits.data() + static_cast<size_t>(i) * rows, rows, shape.token_ids}, shape.coverage, shape.vocabulary,
-          rule);
-    const auto leaves = [&](int s) { return !drafting[s].goes_on(rule, alive, drawn); };
-    step.alive.erase(std::remove_if(step.alive.begin(), step.alive.end(), leaves), step.alive.end());
-    if (!step.alive.empty()) pass = step.follow(batch, drafting);
+    forward(runner, graph, pass, now.rows.data(), alive, now.logits.data(), nullptr);
+    share_texts(runner.pool, alive, sampler, draw);
+    int drawn = 0;
+    for (const Drafting &text : texts) drawn += text.drawn;
+    const auto leaves = [&](int s) { return !texts[s].goes_on(rule, alive, drawn); };
+    now.alive.erase(std::remove_if(now.alive.begin(), now.alive.end(), leaves), now.alive.end());
+    if (!now.alive.empty()) pass = now.follow(batch, texts);
   }
   return steps;
 }

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define ST_ABI 2 /* raised whenever a struct or a signature changes */
+#define ST_ABI 3 /* raised whenever a struct or a signature changes */
 
 /* fp32 and bf16 take activations of their own precision; int8 and int4 take int8 activations, one float32 scale per 32
  * (scale = max |x| / 127, round half to even). All accumulate in float32 (int8 products exactly, in int32, per 32). */
@@ -173,10 +173,18 @@ void st_uniform(uint64_t key, int64_t position, int32_t purpose, int32_t count, 
  * [rows - 1] lie between them. */
 int32_t st_process(st_runner *runner, float *logits, int32_t rows, const int64_t *drafts, int32_t vocabulary,
                    const st_sampler *sampler);
-/* Settle a block of drafts: logits [drafts + 1, vocabulary] of the full model, q [drafts, vocabulary] (NULL: greedy).
- * Gives how many of the drafts stand; *token is the full model's token after them. */
-int32_t st_verify(st_runner *runner, float *logits, const float *q, const int64_t *drafts, int32_t draft_count,
-                  int32_t vocabulary, const st_sampler *sampler, int64_t *token);
+/* One text's drafts [count] for the full model to judge. row: of the logits, the one before the first draft; `count` more
+ * follow it. q [count, vocabulary], NULL: greedy. */
+typedef struct {
+  int32_t row, count;
+  const int64_t *drafts;
+  const float *q;
+} st_held;
+
+/* Settle the drafts of many texts: logits [rows, vocabulary] of the full model, overwritten. Per text, how many of its
+ * drafts stand, and the full model's token after them. */
+int32_t st_verify(st_runner *runner, float *logits, int32_t vocabulary, int32_t texts, const st_held *held,
+                  const st_sampler *samplers, int32_t *standing, int64_t *tokens);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

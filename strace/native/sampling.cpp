@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "error.h"
+#include "model.h"
 #include "vectors.h"
 
 namespace strace {
@@ -279,6 +281,27 @@ void leave_residual(const Row &p, const float *q) {
   if (sum(excess, p.count) > 0) std::copy(excess, excess + p.count, p.values);
 }
 
+// How many of a text's drafts stand, and the token after them. rows: the full model's, before each draft and after the
+// last; overwritten.
+int judge(const st_held &held, float *rows, int vocabulary, const st_sampler &sampler, int64_t *token) {
+  for (int i = 0;; ++i) {
+    const size_t offset = static_cast<size_t>(i) * vocabulary;
+    const Row p{rows + offset, vocabulary, nullptr};
+    const int64_t position = sampler.position + i;
+    restrict(p, sampler, {held.drafts, i}, vocabulary);
+    shape(p, sampler, {held.drafts, i});
+    Purpose purpose = Purpose::TOKEN;
+    if (i < held.count && held.q && !sampler.shared) {
+      if (stands(p.values[held.drafts[i]], held.q[offset + held.drafts[i]], sampler, position)) continue;
+      leave_residual(p, held.q + offset);
+      purpose = Purpose::RESIDUAL;
+    }
+    *token = draw(p, sampler, position, purpose);
+    // Greedily and with shared noise a draft stands where it is the full model's own token.
+    if (purpose == Purpose::RESIDUAL || i == held.count || *token != held.drafts[i]) return i;
+  }
+}
+
 }  // namespace
 }  // namespace strace
 
@@ -299,22 +322,13 @@ int32_t st_process(st_runner *, float *logits, int32_t rows, const int64_t *draf
   return 0;
 }
 
-int32_t st_verify(st_runner *, float *logits, const float *q, const int64_t *drafts, int32_t draft_count,
-                  int32_t vocabulary, const st_sampler *sampler, int64_t *token) {
-  for (int i = 0;; ++i) {
-    const size_t offset = static_cast<size_t>(i) * vocabulary;
-    const Row p{logits + offset, vocabulary, nullptr};
-    const int64_t position = sampler->position + i;
-    restrict(p, *sampler, {drafts, i}, vocabulary);
-    shape(p, *sampler, {drafts, i});
-    Purpose purpose = Purpose::TOKEN;
-    if (i < draft_count && q && !sampler->shared) {
-      if (stands(p.values[drafts[i]], q[offset + drafts[i]], *sampler, position)) continue;
-      leave_residual(p, q + offset);
-      purpose = Purpose::RESIDUAL;
-    }
-    *token = draw(p, *sampler, position, purpose);
-    // Greedily and with shared noise a draft stands where it is the full model's own token.
-    if (purpose == Purpose::RESIDUAL || i == draft_count || *token != drafts[i]) return i;
-  }
+int32_t st_verify(st_runner *runner, float *logits, int32_t vocabulary, int32_t texts, const st_held *held,
+                  const st_sampler *samplers, int32_t *standing, int64_t *tokens) {
+  const auto settle = [&](int t, int) {
+    standing[t] = judge(held[t], logits + static_cast<size_t>(held[t].row) * vocabulary, vocabulary, samplers[t], tokens + t);
+  };
+  return guarded(-1, [&] {
+    share_texts(runner->pool, texts, [&](int t) { return samplers + t; }, settle);
+    return 0;
+  });
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "native.h"
+#include "pool.h"
 
 namespace strace {
 
@@ -38,5 +39,16 @@ float top_probability(const float *logits, int count);
 
 // The entry drawn from probabilities that need not sum to 1. position: of the token.
 int draw(const Row &row, const st_sampler &sampler, int64_t position, Purpose purpose);
+
+// Calls sample(t, thread) for each of so many texts, on all threads; those that ask Python what they may draw
+// (`st_sampler.allow`) on the caller's alone. sampler(t): of text t.
+template <class SamplerOf, class Sample>
+void share_texts(Pool &pool, int texts, SamplerOf &&sampler, Sample &&sample) {
+  pool.share(texts, [&](int t, int thread) {
+    if (!sampler(t)->allow) sample(t, thread);
+  });
+  for (int t = 0; t < texts; ++t)
+    if (sampler(t)->allow) sample(t, 0);
+}
 
 }  // namespace strace

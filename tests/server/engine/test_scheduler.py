@@ -21,7 +21,7 @@ from server.engine.cost import CostModel
 from server.engine.engine import Engine, StepFailed
 from server.engine.options import Options
 from server.engine.request import Mode, Overloaded, Request, Unavailable, Update
-from strace.draft import Draft, DraftPlan
+from strace.draft import Draft, DraftPlan, Held
 from strace.kv import BLOCK, Batch
 from strace.runner import FULL, TorchRunner
 from strace.sampling import Noise, Sampler, SamplingParams, verify
@@ -91,9 +91,9 @@ class Memory(TorchRunner):
         self.reach("draft")
         return super().draft(graph, batch, plan)
 
-    def verify(self, logits: Tensor, q: Tensor | None, drafts: list[int], sampler: Sampler) -> list[int]:
+    def verify(self, logits: Tensor, held: list[Held]) -> list[list[int]]:
         self.reach("verify")
-        return super().verify(logits, q, drafts, sampler)
+        return super().verify(logits, held)
 
 
 class Reader:

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from strace import native
+from strace.draft import Held
 from strace.native_runner import NativeRunner
 from strace.runner import FULL
 from strace.sampling import Noise, Purpose, Sampler, SamplingParams, draw_draft, draw_token, process, verify
@@ -104,7 +105,7 @@ def test_rows_of_no_number_do_no_harm() -> None:
     logits = torch.full((1, 300), torch.nan)
     for params in (SamplingParams(0.0), SamplingParams(top_k=3, top_p=0.5), SamplingParams()):
         sampler = Sampler(params, Noise(0, shared=True), 0)
-        assert 0 <= runner().verify(logits.clone(), None, [], sampler)[0] < 300
+        assert 0 <= runner().verify(logits.clone(), [Held(0, [], None, sampler)])[0][0] < 300
 
 
 @settings(max_examples=300, derandomize=True)
@@ -123,7 +124,7 @@ def test_a_block_is_settled_as_by_the_reference(
         tokens.append(draw_draft(rows[i], sampler.noise, sampler.position + i))
     q = torch.stack(rows) if rows and not sampler.greedy else None
     expected = verify(sampler.process(logits, tokens), q, tokens, sampler.noise, sampler.position)
-    assert runner().verify(logits.clone(), q, tokens, sampler) == expected
+    assert runner().verify(logits.clone(), [Held(0, tokens, q, sampler)]) == [expected]
 
 
 def test_blocks_follow_the_full_models_law() -> None:
@@ -137,7 +138,8 @@ def test_blocks_follow_the_full_models_law() -> None:
         first = draw_draft(subgraph[4], noise, 0)
         second = draw_draft(subgraph[first], noise, 1)
         rows = [4, first, second]
-        emitted = runner().verify(logits[rows], subgraph[rows[:2]], rows[1:], Sampler(SamplingParams(), noise, 0))
+        held = Held(0, rows[1:], subgraph[rows[:2]], Sampler(SamplingParams(), noise, 0))
+        (emitted,) = runner().verify(logits[rows], [held])
         if len(emitted) == 1:  # the next block begins with a plain draw
             emitted.append(draw_token(full[emitted[0]], noise, 1))
         counts[emitted[0], emitted[1]] += 1
