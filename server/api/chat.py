@@ -71,15 +71,17 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> ChatCom
     with generation:
         results = await while_connected(request, generation.collect())
     rans = [final_ran(whole) for whole in results]
+    choices = [
+        choose(served, body, index, reader, whole)
+        for index, (reader, whole) in enumerate(zip(readers, results, strict=True))
+    ]
+    reasoning = sum(served.count_tokens(choice.message.reasoning_content or "") for choice in choices)
     return ChatCompletion(
         id=id,
         created=int(time.time()),
         model=body.model,
-        choices=[
-            choose(served, body, index, reader, whole)
-            for index, (reader, whole) in enumerate(zip(readers, results, strict=True))
-        ],
-        usage=count_usage(rans, body.n),
+        choices=choices,
+        usage=count_usage(rans, body.n, reasoning),
         strace=reports(rans),
         metrics=_metrics(served, body, rans),
     )
@@ -139,6 +141,7 @@ async def _chunks(
     for index in range(len(readers)):
         yield chunk(choices=[ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
     called: set[int] = set()
+    thoughts = [""] * len(readers)
     finished: dict[int, engine.Ran] = {}
     # Text may be held back behind its tokens; their log-probabilities go with the next chunk.
     waiting: list[list[TokenLogprob]] = [[] for _ in readers]
@@ -152,6 +155,8 @@ async def _chunks(
         for part in readers[index].feed(update.text, final=update.finish is not None):
             if isinstance(part, Call):
                 called.add(index)
+            elif isinstance(part, Thought):
+                thoughts[index] += part.text
             yield chunk(choices=[ChunkChoice(index=index, delta=_delta(part), logprobs=logprobs(index))])
         if update.finish is None:
             continue
@@ -164,5 +169,5 @@ async def _chunks(
         else:
             yield chunk(choices=end, strace=reports(rans), metrics=_metrics(served, body, rans))
     if body.wants_usage:
-        usage = count_usage(rans, body.n)
+        usage = count_usage(rans, body.n, sum(map(served.count_tokens, thoughts)))
         yield chunk(choices=[], usage=usage, strace=reports(rans), metrics=_metrics(served, body, rans))

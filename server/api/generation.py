@@ -17,6 +17,7 @@ from starlette.background import BackgroundTask
 
 from server.api.errors import ApiError, count
 from server.api.protocol import (
+    CompletionDetails,
     ErrorBody,
     PromptDetails,
     Reply,
@@ -30,6 +31,7 @@ from server.engine.request import Ran, Request, Update
 from server.metrics import Metrics
 
 T = TypeVar("T")
+KEEP_ALIVE_SECONDS = 15  # between comments in a stream that has no news; proxies cut a silent line after some 30
 SEND_SECONDS = 5  # for what was generated before the server stopped to reach its readers
 
 
@@ -156,6 +158,7 @@ def event_stream(
     return EventSourceResponse(
         events(),
         sep="\n",
+        ping=KEEP_ALIVE_SECONDS,
         # A client that leaves before the first event never enters the generator's `with`.
         background=BackgroundTask(generation.cancel),
         # Streams may end on their own when the server is told to stop.
@@ -164,8 +167,9 @@ def event_stream(
     )
 
 
-def count_usage(rans: Sequence[Ran], n: int = 1) -> Usage:
-    """Token counts over all texts of a response; the `n` answers to a prompt, one behind the other, share it."""
+def count_usage(rans: Sequence[Ran], n: int = 1, reasoning: int = 0) -> Usage:
+    """Token counts over all texts of a response; the `n` answers to a prompt, one behind the other, share it.
+    reasoning: tokens of all thoughts."""
     prompt, completion = sum(ran.prompt_tokens for ran in rans[::n]), sum(ran.tokens for ran in rans)
     cached = PromptDetails(cached_tokens=sum(ran.cached_tokens for ran in rans[::n]))
     return Usage(
@@ -173,6 +177,7 @@ def count_usage(rans: Sequence[Ran], n: int = 1) -> Usage:
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=cached,
+        completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning),
     )
 
 

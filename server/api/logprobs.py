@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.api.protocol import ChatLogprobs, CompletionLogprobs, Logprob, TokenLogprobs
 from server.engine.logprobs import TokenLogprob
+
+_BYTES = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -16,8 +20,15 @@ def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def _logprob(tokenizer: PreTrainedTokenizerBase, token: int, logprob: float) -> Logprob:
     name = _name(tokenizer, token)
-    # A token may end within a character; its bytes are then not those of what decoding shows.
-    return Logprob(token=name, logprob=logprob, bytes=None if "\ufffd" in name else list(name.encode()))
+    spelt = _spell(str(tokenizer.convert_ids_to_tokens(token))) if "\ufffd" in name else list(name.encode())
+    return Logprob(token=name, logprob=logprob, bytes=spelt)
+
+
+def _spell(symbol: str) -> list[int] | None:
+    """The bytes of a token that is no whole text, from its entry in the vocabulary: byte-level, or byte fallback."""
+    if fallback := re.fullmatch("<0x([0-9A-F]{2})>", symbol):
+        return [int(fallback[1], 16)]
+    return [_BYTES[s] for s in symbol] if all(s in _BYTES for s in symbol) else None
 
 
 def tell_chat(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[TokenLogprob]) -> ChatLogprobs:

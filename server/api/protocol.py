@@ -15,7 +15,6 @@ UNBUILT = frozenset(
     {
         "audio",
         "background",
-        "best_of",
         "conversation",
         "function_call",
         "functions",
@@ -299,6 +298,11 @@ class GenerationRequest(AnyRequest):
         return None
 
     @property
+    def candidates(self) -> int:
+        """Texts to generate per prompt."""
+        return self.n
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -368,20 +372,38 @@ class CompletionRequest(GenerationRequest):
     DEFAULT_LIMIT: ClassVar[int] = 16
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int | None = Field(None, ge=0, description="0 only with `echo`: the prompt is read and nothing added")
     echo: bool = Field(False, description="whether the text begins with the prompt")
     logprobs: int | None = Field(None, ge=0, le=20, description="alternatives beside each token's log-probability")
+    best_of: int | None = Field(
+        None, ge=1, le=128, description="texts per prompt of which the `n` most probable per token are answered"
+    )
 
     @model_validator(mode="after")
-    def check_echo(self) -> CompletionRequest:
-        """The prompt's log-probabilities are known only when it has been read."""
-        if self.echo and self.stream and self.logprobs is not None:
-            raise PydanticCustomError("echo", "not with `logprobs` in a stream", {"param": "echo"})
+    def check_empty(self) -> CompletionRequest:
+        """Without the prompt there would be nothing in the answer."""
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "must be at least 1 without `echo`", {"param": "max_tokens"})
+        return self
+
+    @model_validator(mode="after")
+    def check_best_of(self) -> CompletionRequest:
+        """Which texts are the best is known at their ends."""
+        if self.candidates < self.n:
+            raise PydanticCustomError("best_of", "must be at least `n`", {"param": "best_of"})
+        if self.candidates > self.n and self.stream:
+            raise PydanticCustomError("best_of", "more than `n` cannot be streamed", {"param": "best_of"})
         return self
 
     @property
     def alternatives(self) -> int | None:
         """See GenerationRequest."""
-        return self.logprobs
+        return 0 if self.logprobs is None and self.candidates > self.n else self.logprobs
+
+    @property
+    def candidates(self) -> int:
+        """See GenerationRequest."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -398,6 +420,12 @@ class PromptDetails(Reply):
     cached_tokens: int = Field(0, description="tokens that were not read, since a text before began alike")
 
 
+class CompletionDetails(Reply):
+    """Of the answers' tokens."""
+
+    reasoning_tokens: int = Field(0, description="of the thoughts, by encoding their text")
+
+
 class Usage(Reply):
     """Token counts of a response, over all its choices."""
 
@@ -405,6 +433,7 @@ class Usage(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails = PromptDetails()
+    completion_tokens_details: CompletionDetails = CompletionDetails()
 
 
 class StraceReport(Reply):
@@ -453,7 +482,7 @@ class Logprob(Reply):
 
     token: str
     logprob: float
-    bytes: list[int] | None = Field(description="null where the token ends within a character")
+    bytes: list[int] | None = Field(description="null where they are not known")
 
 
 class TokenLogprobs(Logprob):

@@ -267,17 +267,23 @@ class OutputCall(Reply):
 OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
+class InputDetails(PromptDetails):
+    """Of the prompt's tokens."""
+
+    cache_write_tokens: Literal[0] = Field(0, description="nothing is billed for writing the cache")
+
+
 class OutputDetails(Reply):
     """Of the answer's tokens."""
 
-    reasoning_tokens: int = 0
+    reasoning_tokens: int = Field(0, description="of the thoughts, by encoding their text")
 
 
 class ResponseUsage(Reply):
     """Token counts."""
 
     input_tokens: int
-    input_tokens_details: PromptDetails = PromptDetails()
+    input_tokens_details: InputDetails = InputDetails()
     output_tokens: int
     output_tokens_details: OutputDetails = OutputDetails()
     total_tokens: int

@@ -15,11 +15,12 @@ from server.api import chat
 from server.api.errors import DOCUMENTED, ApiError, as_api_error, count, invalid
 from server.api.generation import Generation, event_stream, final_ran, report, request_metrics, while_connected
 from server.api.output import Answer, Call, Part, Reader, Thought
-from server.api.protocol import PromptDetails
 from server.api.response_types import (
     Event,
     Incomplete,
+    InputDetails,
     OutputCall,
+    OutputDetails,
     OutputItem,
     OutputMessage,
     OutputReasoning,
@@ -195,6 +196,11 @@ class Writer:
             ]
         return [*events, self.event("response.output_item.done", output_index=place["output_index"], item=item)]
 
+    def _count_thoughts(self) -> int:
+        """Tokens of the thoughts among the items."""
+        thoughts = [item.content[0].text for item in self._items if isinstance(item, OutputReasoning)]
+        return sum(map(self.served.count_tokens, thoughts))
+
     def response(self, last: Update | None = None) -> Response:
         """The response so far, or with the last update the whole."""
         body, ran = self._body, None if last is None else final_ran(last)
@@ -203,8 +209,9 @@ class Writer:
         if ran is not None:
             usage = ResponseUsage(
                 input_tokens=ran.prompt_tokens,
-                input_tokens_details=PromptDetails(cached_tokens=ran.cached_tokens),
+                input_tokens_details=InputDetails(cached_tokens=ran.cached_tokens),
                 output_tokens=ran.tokens,
+                output_tokens_details=OutputDetails(reasoning_tokens=self._count_thoughts()),
                 total_tokens=ran.prompt_tokens + ran.tokens,
             )
         return Response(

@@ -169,6 +169,10 @@ class Served:
         """Text as token ids."""
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self.encode_text(text, add_special_tokens=False)) if text else 0
+
     def make_requests(
         self,
         body: GenerationRequest,
@@ -186,7 +190,7 @@ class Served:
         request = replace(self._make_request(body, prompt, limit, default, param, id), grammar=grammar)
         return [
             replace(request, id=f"{id}-{i}", params=replace(request.params, seed=_seed_of(body.seed, i)))
-            for i in range(body.n)
+            for i in range(body.candidates)
         ]
 
     def _make_request(
@@ -196,10 +200,11 @@ class Served:
         room = self.context - len(prompt)
         if not prompt:
             raise invalid("the prompt is empty", param)
-        if room < 1 or (limit or 0) > room:
+        least = 1 if limit is None else limit
+        if least > room:
             asked = f"{len(prompt)} tokens of prompt" + (f" and {limit} to generate" if limit else "")
             message = f"the context holds {self.context} tokens; the request needs {asked}"
-            raise invalid(message, param if room < 1 else "max_tokens", "context_length_exceeded")
+            raise invalid(message, param if room < min(least, 1) else "max_tokens", "context_length_exceeded")
         return Request(
             id=id,
             prompt=prompt,
@@ -214,7 +219,7 @@ class Served:
                 repetition_penalty=body.repetition_penalty,
                 logit_bias=tuple(sorted((int(id), bias) for id, bias in body.logit_bias.items())),
             ),
-            max_tokens=limit or min(room, default or room),
+            max_tokens=min(room, default or room) if limit is None else limit,
             stop=body.stops,
             mode=mode,
             class_name=class_name,

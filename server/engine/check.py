@@ -25,7 +25,7 @@ def check(request: Request, limits: Limits, stop_ids: frozenset[int], pool: Bloc
     _check_lengths(request)
     _check_risk(request)
     tokens = len(request.prompt) + request.max_tokens
-    if len(request.prompt) >= limits.context:
+    if len(request.prompt) + min(request.max_tokens, 1) > limits.context:
         raise Refused(f"the prompt has {len(request.prompt)} tokens, the model's context {limits.context}", "prompt")
     if tokens > limits.context:
         raise Refused(
@@ -56,8 +56,8 @@ def _check_ids(request: Request, vocabulary: int, stop_ids: frozenset[int]) -> N
 
 
 def _check_lengths(request: Request) -> None:
-    if request.max_tokens < 1:
-        raise Refused(f"max_tokens must be at least 1, got {request.max_tokens}", "max_tokens")
+    if request.max_tokens < 0:
+        raise Refused(f"max_tokens must not be negative, got {request.max_tokens}", "max_tokens")
     if not 0 <= request.min_tokens <= request.max_tokens:
         raise Refused(f"min_tokens must be at most max_tokens ({request.max_tokens})", "min_tokens")
     if request.max_draft is not None and request.max_draft < 0:

@@ -181,7 +181,7 @@ class Engine:
         sequence = Sequence(
             request,
             noise,
-            Text(self._tokenizer, request.prompt, request.stop, request.specials),
+            Text(self._tokenizer, request.prompt, request.stop, request.specials, request.min_tokens),
             stop_ids,
             Ran(mode, class_name, len(request.prompt), bypass=bypass, risk=None if tripped else gate.risk),
             deliver,
@@ -288,6 +288,8 @@ class Engine:
             raise Refused(f"unknown class {name!r}; known are {known}", "class")
         if name is None:
             name = self.choose(request.prompt)
+        if request.max_tokens == 0:
+            return Mode.FULL, name, Gate(), "nothing is to be generated"
         if request.mode == Mode.FULL:
             return Mode.FULL, name, Gate(), passed
         if not self.classes:
@@ -295,8 +297,6 @@ class Engine:
                 raise Refused(f"mode {request.mode.value!r} needs a draft and none is loaded", "mode")
             return Mode.FULL, name, Gate(), "no draft is loaded"
         mode = self.options.auto if request.mode == Mode.AUTO else request.mode
-        if mode == Mode.ROUTED and (request.logprobs is not None or request.grammar is not None):
-            mode = Mode.EXACT  # log-probabilities are the full model's; what is emitted cannot be taken back
         gate = self._promises.open(request, name, self.choose) if mode == Mode.ROUTED else Gate()
         mode = Mode.EXACT if gate.shut else mode
         return mode, name, gate, "max_draft is 0" if request.max_draft == 0 else gate.shut or passed

@@ -48,8 +48,9 @@ class Request:
     """One text to continue. `stop` are strings, cut before; `risk` and `max_draft` None mean the engine's own. `risk`:
     most mean divergence of `routed`; `threshold`: a confidence in its place, which promises nothing. `specials`:
     whether the text shows special tokens. `stop_ids` end it beside the model's own, unless `ignore_eos`; none of either
-    is drawn before `min_tokens`. `logprobs`: alternatives told beside each token's own log-probability, of the prompt's
-    tokens too if `prompt_logprobs`. `grammar`: what the text must follow.
+    is drawn, and no stop string ends it, before `min_tokens`. `max_tokens` 0: the prompt is read, and that is all.
+    `logprobs`: alternatives told beside each token's own log-probability, of the prompt's tokens too if
+    `prompt_logprobs`. `grammar`: what the text must follow.
     """
 
     id: str
@@ -105,7 +106,7 @@ class Ran:
     @property
     def speedup(self) -> float | None:
         """Realised speedup of decoding over the full model; None before anything was decoded."""
-        return self.full_seconds / self.seconds if self.seconds > 0 else None
+        return self.full_seconds / self.seconds if self.full_seconds > 0 else None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class Promises:
     def open(self, request: Request, class_name: str, choose: Callable[[list[int]], str]) -> Gate:
         """The gate of a request that shall run `routed` with the subgraph of `class_name`. choose: the class of a
         prompt."""
+        if request.logprobs is not None:
+            return Gate(shut="log-probabilities are the full model's, known only once it has seen a token")
+        if request.grammar is not None:
+            return Gate(shut="structured output is verified: what is emitted cannot be taken back")
         if request.threshold is not None:
             return Gate(request.threshold)
         certificate = self._certificates.get(class_name)

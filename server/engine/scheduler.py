@@ -145,5 +145,5 @@ class Scheduler:
 
 
 def _owed(sequence: Sequence) -> int:
-    """Blocks that a text lacks for its tokens and the next."""
-    return max(0, blocks_for(len(sequence.ids) + 1) - len(sequence.blocks))
+    """Blocks that a text lacks for its tokens and the next, if one may follow."""
+    return max(0, blocks_for(min(len(sequence.ids) + 1, sequence.most_tokens)) - len(sequence.blocks))

@@ -205,7 +205,7 @@ class Sequence:
 
     def take_update(self) -> Update | None:
         """What is new since the last call, if anything is."""
-        if not self._fresh:
+        if not self._fresh and self.finish is None:
             return None
         ids, drafted, self._fresh, self._fresh_drafted = self._fresh, self._fresh_drafted, [], []
         text = self.text.take(final=self.finish is not None)

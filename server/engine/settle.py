@@ -54,6 +54,9 @@ def settle(sequence: Sequence, settling: Settling, tokens: list[int]) -> list[tu
 
     Returns per draft that the full model judged its confidence and the share of it that was accepted, 0 to 1.
     """
+    if sequence.request.max_tokens == 0:
+        sequence.finish, sequence.verified = "length", len(sequence.ids) - 1
+        return []
     draft, held, accepted = settling.draft, settling.held.tokens, len(tokens) - 1
     shares = settling.shares + [1.0] * accepted + [0.0] * (accepted < len(held))
     if sequence.shadow is not None:

@@ -15,26 +15,35 @@ class Text:
 
     What could still become a stop string is held back, and so are the bytes of an unfinished character, which are
     dropped when the text ends in them. Text is looked at token by token, so what it becomes does not depend on how
-    tokens arrive.
+    tokens arrive. What completes a stop string within the first `least` tokens is text like any other.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = (), specials: bool = False
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        stop: tuple[str, ...] = (),
+        specials: bool = False,
+        least: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         before = prompt[-_CONTEXT:]
         # Behind an unfinished character the decoder would give the prompt's end out again.
         whole = not tokenizer.decode(before).endswith("\ufffd")
         self._stream = DecodeStream(ids=before if whole else [], skip_special_tokens=not specials)
-        self._stop = stop
+        self._stop, self._least = stop, least
         self._shown = ""
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> bool:
         """Add one token; True when it completed a stop string, which with all after it is then cut off."""
+        known = len(self._held)
         self._held += self._stream.step(self._tokenizer, token) or ""
-        found = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        self._least -= 1
+        # What was complete before may have been passed over, so only what this token completes counts.
+        found = [start for stop in self._stop if (start := self._held.find(stop, max(0, known - len(stop) + 1))) >= 0]
+        found = found if self._least < 0 else []
         if found:
             self._shown, self._held, self.stopped = self._shown + self._held[: min(found)], "", True
             return True

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import Overloaded, Refused
+from server.engine.request import Overloaded, Refused, Unavailable
 from tests.server.api.fake import CONTEXT, FakeEngine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -133,9 +133,8 @@ COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [-1]}, "prompt[0]"),
     ({"prompt": [259]}, "prompt"),
     ({"prompt": ["hi"] * 5}, "prompt"),
-    ({"echo": True, "stream": True, "logprobs": 1}, "echo"),
     ({"top_logprobs": 1}, "top_logprobs"),
-    ({"best_of": 2}, "best_of"),
+    ({"best_of": 5}, "best_of"),
     ({"messages": [TURN]}, "messages"),
 ]
 CASES = [
@@ -288,6 +287,30 @@ def test_openai_client_sees_its_own_error_classes(client: openai.OpenAI) -> None
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], temperature=9)
     assert bad.value.param == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "status"),
+    [
+        (Refused("no", "prompt"), openai.BadRequestError, 400),
+        (Overloaded("full", retry_after=3), openai.RateLimitError, 429),
+        (Unavailable("stopping", retry_after=3), openai.InternalServerError, 503),
+        (ZeroDivisionError(), openai.InternalServerError, 500),
+    ],
+)
+def test_openai_clients_classes_of_what_the_engine_says(
+    connect: Callable[..., httpx.Client], refusal: Exception, kind: type[openai.APIStatusError], status: int
+) -> None:
+    url = connect(FakeEngine(refusal=refusal), api_keys=["right"]).base_url
+    asked: dict[str, Any] = {"model": "tiny", "messages": [TURN]}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="right", max_retries=0) as client:
+        for stream in (False, True):
+            with pytest.raises(kind) as raised:
+                client.chat.completions.create(**asked, stream=stream)
+            assert raised.value.status_code == status
+            assert raised.value.response.headers.get("retry-after") == ("3" if status in (429, 503) else None)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+        client.chat.completions.create(**asked)
 
 
 JSON = st.recursive(

@@ -39,6 +39,17 @@ def test_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
     assert engine.requests[-1].id == f"{answer.id}-0"
 
 
+def test_raw_response(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=TURNS, extra_headers={"X-Request-Id": "job-7"}
+    )
+    assert raw.headers["x-request-id"] == "job-7"
+    answer = raw.parse()
+    assert (answer.id, answer.choices[0].message.content) == ("chatcmpl-job-7", TEXT)
+    with client.completions.with_streaming_response.create(model="tiny", prompt="hi", stream=True) as response:
+        assert [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+
+
 def test_prompt_is_the_chat_template(client: openai.OpenAI, engine: FakeEngine, served: Any) -> None:
     client.chat.completions.create(model="tiny", messages=TURNS)
     assert served.tokenizer.decode(engine.requests[-1].prompt) == PROMPT
@@ -139,6 +150,7 @@ def test_stream(http: httpx.Client, include_usage: bool) -> None:
             "completion_tokens": 3,
             "total_tokens": prompt_tokens + 3,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
     else:
         assert usages[-1] is None

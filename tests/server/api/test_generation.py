@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from starlette.types import Message, Receive, Send
 
+from server.api import generation as module
 from server.api.generation import Generation, event_stream
 from server.api.protocol import Health, Reply
 from server.engine.request import Request
@@ -58,6 +59,24 @@ def test_reader_gone_before_the_first_event() -> None:
     asyncio.run(stream(engine, leave, block))
     assert engine.handles[0].cancelled.is_set()
     engine.stop()
+
+
+def test_a_long_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a long prompt is read. Comments are no events, so clients see none of them."""
+    monkeypatch.setattr(module, "KEEP_ALIVE_SECONDS", 0.05)
+    sent: list[bytes] = []
+
+    async def note(message: Message) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) == 4:
+            raise ConnectionResetError
+
+    engine = FakeEngine(updates=[])
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(stream(engine, stay, note))
+    assert len(sent) == 4
+    assert all(line.startswith(b": ") and line.endswith(b"\n\n") for line in sent[1:])
+    assert engine.handles[0].cancelled.is_set()
 
 
 def test_failed_submission_cancels_the_earlier_ones() -> None:

@@ -20,12 +20,11 @@ from server.api.served import Served
 from server.app import create_app
 from server.engine.grammar import Grammars
 from server.engine.options import Options
-from server.metrics import Metrics
 from tests.server.api.fake import serving
-from tests.server.engine.harness import CONTEXT, VOCABULARY, make_engine
+from tests.server.api.real import EOS, make_real
+from tests.server.engine.harness import VOCABULARY, make_engine
 from tests.tiny import make_tokenizer
 
-EOS = 257
 TEMPLATE = (
     "{% if tools %}<tool_call>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}:{% endif %}"
@@ -50,11 +49,8 @@ class Verdict(BaseModel):
 
 @pytest.fixture(scope="module")
 def served() -> Served:
-    tokenizer = make_tokenizer(TEMPLATE)
     engine = make_engine(Options(draft_length=3, seed=0), stop_ids=[EOS])
-    grammars = Grammars(tokenizer.backend_tokenizer, VOCABULARY, [EOS])
-    calls = CALL_FORMATS["hermes"]
-    return Served("tiny", engine, tokenizer, VOCABULARY, CONTEXT, engine.classes, Metrics(), grammars, calls=calls)
+    return make_real(engine, TEMPLATE, CALL_FORMATS["hermes"])
 
 
 @pytest.fixture(scope="module")

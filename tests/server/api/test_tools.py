@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from server.api.output import CALL_FORMATS
+from server.api.served import Served
 from server.app import create_app
 from tests.server.api.fake import FakeEngine, make_served, serving
 from tests.tiny import make_tokenizer
@@ -40,9 +41,14 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def client(engine: FakeEngine) -> Iterator[openai.OpenAI]:
+def served(engine: FakeEngine) -> Served:
     served = replace(make_served(engine), calls=CALL_FORMATS["hermes"], thinks=True, context=512)
     served.tokenizer.chat_template = TEMPLATE
+    return served
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
     with (
         serving(create_app(served)) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
@@ -108,6 +114,63 @@ def test_variables_of_the_template(client: openai.OpenAI, engine: FakeEngine) ->
     extra = {"chat_template_kwargs": {"mood": "glad"}}
     client.chat.completions.create(model="tiny", messages=TURNS, extra_body=extra)
     assert prompt(engine) == "glad;user:?;"
+
+
+# Qwen3's logic: thoughts of earlier turns are left out but for the last ones, and one can be asked not to think.
+QWEN = (
+    "{% for m in messages %}<|begin|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|end_of_turn|>{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# As of models that always think: the prompt itself begins the thoughts.
+ALWAYS = QWEN.replace("{% if enable_thinking is defined", "<think>\n{% if enable_thinking is defined")
+THINKING: list[tuple[str, dict[str, Any], tuple[str, ...], str | None, str]] = [
+    (QWEN, {}, ("<thi", "nk>\nLet m", "e see: ", "42?\n</th", "ink>\n\nIt is ", "42."), "Let me see: 42?", "It is 42."),
+    (QWEN, {"enable_thinking": True}, ("<think>\nHm\n</think>\n\nYes",), "Hm", "Yes"),
+    (QWEN, {"enable_thinking": False}, ("It is ", "42."), None, "It is 42."),
+    (ALWAYS, {}, ("Let me ", "see\n<", "/think>", "\n\nIt is 42."), "Let me see", "It is 42."),
+    (ALWAYS, {}, ("Let me ", "see, and see"), "Let me see, and see", ""),
+]
+
+
+@pytest.mark.parametrize(("template", "variables", "pieces", "thoughts", "answer"), THINKING)
+def test_thoughts_apart(
+    template: str, variables: dict[str, Any], pieces: tuple[str, ...], thoughts: str | None, answer: str
+) -> None:
+    engine = FakeEngine(pieces=pieces)
+    served = replace(make_served(engine), thinks=True, context=512)
+    served.tokenizer.chat_template = template
+    asked: Any = {"model": "tiny", "messages": TURNS, "extra_body": {"chat_template_kwargs": variables}}
+    with (
+        serving(create_app(served)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
+        whole = client.chat.completions.create(**asked)
+        *chunked, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        response = client.responses.create(model="tiny", input="?") if not variables else None
+    (choice,), chunks = whole.choices, [chunk.choices[0] for chunk in chunked]
+    assert last.usage == whole.usage
+    assert whole.usage.completion_tokens_details.reasoning_tokens == len(thoughts or "")  # tokens are bytes
+    assert prompt(engine).endswith("<think>\n\n</think>\n\n") == (variables.get("enable_thinking") is False)
+    assert (getattr(choice.message, "reasoning_content", None), choice.message.content) == (thoughts, answer)
+    assert choice.finish_reason == chunks[-1].finish_reason == "stop"
+    streamed = [getattr(chunk.delta, "reasoning_content", None) or "" for chunk in chunks]
+    assert "".join(streamed) == (thoughts or "")
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == answer
+    if thoughts and len(pieces) > 3:
+        assert len([piece for piece in streamed if piece]) > 1, "thoughts are streamed as they come"
+    if response is not None:
+        assert [item.type for item in response.output] == ["reasoning", "message"][: 1 + bool(answer)]
+        assert response.output_text == answer
+        assert response.usage.output_tokens_details.reasoning_tokens == len(thoughts or "")
+
+
+def test_thoughts_of_earlier_turns_reach_the_template(client: openai.OpenAI, engine: FakeEngine, served: Any) -> None:
+    served.tokenizer.chat_template = QWEN
+    turns: list[Any] = [*TURNS, {"role": "assistant", "content": "42", "reasoning_content": "hm"}, *TURNS]
+    client.chat.completions.create(model="tiny", messages=turns)
+    assert "<think>\nhm\n</think>\n\n42<|end_of_turn|>" in prompt(engine)
 
 
 def test_response_has_an_item_per_part(client: openai.OpenAI) -> None:

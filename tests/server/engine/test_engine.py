@@ -118,7 +118,6 @@ def test_realised_speedup_of_full_at_its_own_cost() -> None:
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [1] * 256}, "prompt"),
         ({"prompt": [1] * 200, "max_tokens": 57}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -5}, "max_tokens"),
         ({"max_draft": -1}, "max_draft"),
         ({"class_name": "poetry"}, "class"),
@@ -451,6 +450,30 @@ def test_multi_byte_text_comes_in_whole_characters() -> None:
     request: Request = make_request(list("größe: 日本".encode()), temperature=1.0, seed=11, max_tokens=80)
     got: Got = decode(engine, request)[0]
     assert "".join(u.text for u in got.updates) == engine._tokenizer.decode(got.ids).rstrip("�")
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_a_prompt_that_is_only_read(count: int) -> None:
+    """Also where it fills the cache, and beside others."""
+    request = replace(make_request([7] * count, Mode.AUTO, max_tokens=0), logprobs=1, prompt_logprobs=True)
+    (alone,) = decode(make_engine(blocks=2), request)
+    longer, beside = decode(make_engine(), replace(request, max_tokens=1, mode=Mode.FULL), request)
+    for got in (alone, beside):
+        assert got.outcome == ([], "", "length")
+        assert [u.prompt_logprobs for u in got.updates] == [longer.updates[0].prompt_logprobs]
+        assert (got.ran.mode, got.ran.tokens, got.ran.speedup) == (Mode.FULL, 0, None)
+        assert got.ran.bypass == "nothing is to be generated"
+
+
+@pytest.mark.parametrize("mode", [Mode.FULL, Mode.EXACT, Mode.ROUTED])
+def test_no_stop_string_before_min_tokens(mode: Mode) -> None:
+    engine = make_engine(Options(draft_length=4, seed=0))
+    text = decode(engine, make_request(mode=mode, max_tokens=60, threshold=0.0))[0].text
+    request = make_request(mode=mode, max_tokens=60, threshold=0.0, stop=tuple({*text[:20]})[:4])
+    early, late = decode(engine, request, replace(request, min_tokens=30))
+    assert (early.finish, late.finish) == ("stop", "stop")
+    assert len(early.ids) < 30 < len(late.ids)
+    assert late.text.startswith(early.text)
 
 
 def test_all_tokens_barred_is_refused() -> None:

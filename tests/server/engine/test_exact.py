@@ -95,6 +95,54 @@ def test_accounts_and_flags_agree(class_name: str, temperature: float) -> None:
         assert got.ran.fallbacks > got.ran.drafts / 2
 
 
+# What makes each parameter matter to a text of the tiny model; ids 64 to 90 are letters.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.6},
+    "top_p": {"top_p": 0.7},
+    "top_k": {"top_k": 9},
+    "min_p": {"min_p": 0.1},
+    "presence_penalty": {"presence_penalty": 1.5},
+    "frequency_penalty": {"frequency_penalty": -1.5},
+    "repetition_penalty": {"repetition_penalty": 1.4},
+    "logit_bias": {"logit_bias": tuple((id, 9.0) for id in range(64, 91))},
+    "stop": {"stop": ("a", "e", "日", "t")},
+    "stop_ids": {"stop_ids": tuple(range(70, 120))},
+    "ignore_eos": {"ignore_eos": True},
+    "min_tokens": {"min_tokens": 7},
+    "max_tokens": {"max_tokens": 9},
+    "logprobs": {"logprobs": 2, "prompt_logprobs": True},
+    "max_draft": {"max_draft": 2},
+}
+
+
+def shape(*names: str) -> Request:
+    """A seeded request with some of the parameters."""
+    change = {name: value for each in names for name, value in PARAMETERS[each].items()}
+    sampling_names = SamplingParams.__dataclass_fields__
+    params = SamplingParams(seed=len(str(names)), **{n: v for n, v in change.items() if n in sampling_names})
+    rest = {n: v for n, v in change.items() if n not in sampling_names}
+    return replace(Request("r", [7, 8, 9, 7], params, 24), **rest)
+
+
+@pytest.mark.parametrize("kind", ["torch", "native"])
+@pytest.mark.parametrize("class_name", ["lame", "stranger"])
+def test_every_parameter_and_pair(class_name: str, kind: str) -> None:
+    """Seeded, with drafts that are half right or never: the text of plain decoding, whatever two parameters meet."""
+    pairs = [shape(a, b) for a in PARAMETERS for b in PARAMETERS if a <= b]
+    stop_ids = range(180, 220)
+    engine = make_engine(Options(draft_length=3, max_waiting=len(pairs)), stop_ids=stop_ids, runner=load(kind))
+    drafted = decode(engine, *(replace(r, mode=Mode.EXACT, class_name=class_name) for r in pairs))
+    engine = make_engine(Options(max_waiting=len(pairs)), stop_ids=stop_ids, runner=load(kind))
+    plain = decode(engine, *(replace(r, mode=Mode.FULL) for r in pairs))
+    for request, got, expected in zip(pairs, drafted, plain, strict=True):
+        assert got.outcome == expected.outcome, request
+    assert {got.finish for got in plain} == {"stop", "length"}
+
+
+def test_every_sampling_parameter_is_among_them() -> None:
+    assert SamplingParams.__dataclass_fields__.keys() - PARAMETERS.keys() == {"seed"}
+
+
 SETTINGS: dict[str, tuple[str, Request]] = {
     "plain": ("lame", make_request(temperature=1.0)),
     "top_p": ("stranger", make_request(temperature=0.7, top_p=0.9)),

@@ -58,6 +58,17 @@ def test_cut_before_the_stop_string_that_is_complete_first(content: str, stop: l
     assert text.stopped == bool(ends)
 
 
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(0, 9))
+def test_stop_strings_complete_too_early_are_text(content: str, stop: list[str], least: int) -> None:
+    """Each letter is a token, so a stop string counts from where it would end behind the `least`th."""
+    hits = [(i + len(s), i) for s in stop for i in range(len(content)) if content.startswith(s, i)]
+    end, _ = min(((end, i) for end, i in hits if end > least), default=(None, 0))
+    text = Text(TOKENIZER, [], tuple(stop), least=least)
+    pieces = stream(text, encode(content))
+    assert "".join(pieces) == (content if end is None else content[: min(i for e, i in hits if e == end)])
+    assert text.stopped == (end is not None)
+
+
 @given(st.text(max_size=12), st.text(min_size=1, max_size=2))
 def test_looking_ahead_changes_nothing(content: str, stop: str) -> None:
     text = Text(TOKENIZER, [], (stop,))
