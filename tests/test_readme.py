@@ -50,6 +50,32 @@ def read_blocks(text: str) -> list[Block]:
     ]
 
 
+TESTED = {
+    "chat, completions, responses": "server/api/test_parameters.py::test_streamed_is_whole_is_plain",
+    "`n` answers": "server/api/test_chat.py::test_several_answers",
+    "`best_of`": "server/api/test_parameters.py::test_the_best_of_several",
+    "seed per request, equal text with and without drafts": (
+        "server/engine/test_exact.py::test_every_parameter_and_pair"
+    ),
+    "penalties under speculation": "strace/test_laws.py::test_every_parameter_alone_and_with_each_other",
+    "min_p, logit_bias": "strace/test_laws.py::test_every_parameter_alone_and_with_each_other",
+    "logprobs, echo": "server/engine/test_logprobs.py::test_they_are_the_full_models",
+    "JSON schema, regex, grammar": "server/api/test_structured.py::test_structured_outputs",
+    "tools, streamed arguments; required, named, strict": "server/api/test_structured.py::test_required_tools",
+    "thoughts apart": "server/api/test_tools.py::test_thoughts_apart",
+    "speculation chosen per request": "server/api/test_chat.py::test_every_parameter_reaches_the_engine",
+    "what ran, realised speedup in the answer": "server/api/test_chat.py::test_response_says_what_ran",
+    "bounded queue, 429": "server/api/test_crowd.py::test_a_thousand_too_many",
+    "who leaves frees its place within a step, streamed or not": (
+        "server/api/test_crowd.py::test_who_leaves_frees_its_place_within_a_step"
+    ),
+    "keys, CORS, TLS": "server/test_cli.py::test_tls_and_keys",
+    "ready only after a token": "server/api/test_bad_input.py::test_engine_that_is_not_running",
+    "unknown fields refused": "server/api/test_bad_input.py::test_field_at_fault_is_named",
+}
+"""The rows of the table of features, and per row a test that fails where our `yes` is none."""
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = read_blocks(README)
 RUNNABLE = [block for block in BLOCKS if block.language in RUNNERS and block.reason is None]
@@ -147,3 +173,13 @@ def test_two_commands_are_targets(command: str) -> None:
     plan = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert plan.returncode == 0, plan.stderr
     assert {"make serve": "strace-llm serve", "make test": "pytest"}[command] in plan.stdout
+
+
+def test_every_feature_of_ours_has_a_test() -> None:
+    table = README.partition("## The API beside others")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and not line.startswith("| |")]
+    assert [row[0].removeprefix("| ") for row in rows] == list(TESTED)
+    for row in rows:
+        file, name = TESTED[row[0].removeprefix("| ")].split("::")
+        assert row[1] not in ("no", "-")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), file

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -244,8 +245,9 @@ def server_process(*arguments: str | Path, **environment: str) -> Iterator[subpr
         process.communicate()
 
 
-def read_banner(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
+def read_banner(process: subprocess.Popen[str], certificate: Path | None = None) -> tuple[str, list[str]]:
     """The address a started server gives, and its whole banner, once it answers."""
+    trust = True if certificate is None else ssl.create_default_context(cafile=certificate)
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
     match = re.search(r"API at (\S+)/v1", lines[1])
@@ -253,7 +255,7 @@ def read_banner(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
     deadline = time.monotonic() + 20
     while True:
         try:
-            assert httpx.get(f"{match[1]}/health").status_code == 200
+            assert httpx.get(f"{match[1]}/health", verify=trust).status_code == 200
             return match[1], lines
         except httpx.ConnectError:
             assert time.monotonic() < deadline
@@ -274,6 +276,32 @@ def test_server_end_to_end(tiny: Path) -> None:
         check_drained(address, process)
         _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
+
+
+def test_tls_and_keys(tiny: Path, tmp_path: Path) -> None:
+    """Keys from a file and from the environment, over HTTPS."""
+    key, certificate, keys = (tmp_path / name for name in ("key.pem", "certificate.pem", "keys"))
+    keys.write_text("first\n\n  second\n")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    flags = ["--tls-key", key, "--tls-certificate", certificate, "--api-key-file", keys, "--port", "0"]
+    with server_process(tiny, "--dtype", "fp32", *flags, STRACE_LLM_API_KEY="third") as process:
+        address, banner = read_banner(process, certificate)
+        assert address.startswith("https://")
+        assert "Authorization: Bearer $STRACE_LLM_API_KEY" in banner[2]
+        with httpx.Client(base_url=address, verify=ssl.create_default_context(cafile=certificate)) as http:
+            for given, status in (("first", 200), ("second", 200), ("third", 200), ("fourth", 401)):
+                headers = {"Authorization": f"Bearer {given}"}
+                assert http.get("/v1/models", headers=headers).status_code == status
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(f"{address.replace('https', 'http')}/health")
+
+
+def test_half_a_key_pair_and_an_empty_key_file(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\n")
+    assert "--tls-certificate and --tls-key" in check_failure(2, run("serve", str(tiny), "--tls-key", "x"))
+    assert "holds no key" in check_failure(2, run("serve", str(tiny), "--api-key-file", str(tmp_path / "keys")))
 
 
 def check_drained(address: str, process: subprocess.Popen[str]) -> None:
