@@ -36,7 +36,7 @@ bench: $(INSTALLED) ## measure the modes against each other; wants an idle machi
 bench-peers: $(INSTALLED) $(PEERS) ## measure us beside transformers, llama.cpp and OpenVINO; ARGS="--help" tells more
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
-judge: $(INSTALLED) $(JUDGES) ## let lm-evaluation-harness, litellm and an older openai client judge the server
+judge: $(INSTALLED) $(JUDGES) ## let lm-evaluation-harness, litellm, an older openai client and aiperf judge the server
 	$(BIN)/python benchmarks/judge.py $(ARGS)
 
 clean: ## remove the environment and every cache
@@ -60,5 +60,5 @@ $(PEERS): constraints-peers.txt
 
 $(JUDGES): constraints-judges.txt
 	test -x .venv-judges/bin/python || $(PYTHON) -m venv .venv-judges
-	.venv-judges/bin/python -m pip install -c constraints-judges.txt torch 'lm-eval[api,hf]' litellm openai
+	.venv-judges/bin/python -m pip install -c constraints-judges.txt torch 'lm-eval[api,hf]' litellm openai aiperf
 	touch $@

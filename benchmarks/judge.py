@@ -1,8 +1,9 @@
-"""Others' programs judge the server: lm-evaluation-harness, litellm and the openai client, over a real socket.
+"""Others' programs judge the server: lm-evaluation-harness, litellm, the openai client and aiperf, over a socket.
 
 lm-evaluation-harness scores the same texts through the server (`local-completions`) and through transformers (`hf`),
 both in float32: the log-likelihoods must agree to 1e-3 and the greedy texts be equal, drafts and all. The texts are the
-held-out ones, cut before their last word. Ends with status 1 where a judge is not content.
+held-out ones, cut before their last word. aiperf puts a load on it (benchmarks/judges/load.py). Ends with status 1
+where a judge is not content.
 
 `make judge` makes .venv-judges and runs this.
 
@@ -97,19 +98,28 @@ def compare(ours: dict[str, list[dict[str, Any]]], theirs: dict[str, list[dict[s
     }
 
 
-def ask_clients(address: str) -> dict[str, str]:
-    """What benchmarks/judges/clients.py was told."""
+def ask_clients(address: str) -> dict[str, Any]:
+    """What benchmarks/judges/clients.py was told, and under `seen` what its clients made of the rest."""
     command = [JUDGES / "python", HERE / "judges" / "clients.py", f"{address}/v1"]
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # or it looks for prices on the network
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    texts: dict[str, str] = json.loads(told.splitlines()[-1])
+    texts: dict[str, Any] = json.loads(told.splitlines()[-1])
     return texts
+
+
+def put_load(address: str, model: str, requests: int) -> dict[str, Any]:
+    """What benchmarks/judges/load.py found."""
+    command = [JUDGES / "python", HERE / "judges" / "load.py", address, model, "--requests", str(requests)]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(told.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     """Judge, and say it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=12, help="texts of each class")
+    parser.add_argument("--requests", type=int, default=40, help="requests of each of aiperf's runs")
     asked = parser.parse_args()
     model = resolve(EMBEDDED)
     with tempfile.TemporaryDirectory() as name, serving() as address:
@@ -120,14 +130,16 @@ def main() -> None:
         ours = evaluate(folder, "local-completions", through)
         theirs = evaluate(folder, "hf", f"pretrained={model},dtype=float32,max_length=1024")
         clients = ask_clients(address)
-    refused = clients.pop("openai, refused field")
-    found: dict[str, Any] = {"texts": count, **compare(ours, theirs), "clients": clients}
+        load = put_load(address, str(model), asked.requests)
+    seen = clients.pop("seen")
+    found: dict[str, Any] = {"texts": count, **compare(ours, theirs), "clients": clients, "seen": seen, "load": load}
     content = (
         found["largest difference of log-likelihood"] <= 1e-3
         and not found["texts that differ"]
         and 0.1 <= found["share of words right"] <= 0.9
         and len(set(clients.values())) == 1
-        and refused == "temperature"
+        and all(seen.values())
+        and load["content"]
     )
     print(json.dumps(found | {"content": content}))
     sys.exit(not content)
