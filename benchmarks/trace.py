@@ -1,10 +1,10 @@
 """All 27 sizes of one prompt's traces: ours beside a heap over arrays and a networkx graph with a heap.
 
 One process, the same edge weights of a random 32-layer, 32-head model, the forward pass outside every clock. All three
-build what they need from the weights and give the edge sets of every size, which are compared. `pip install
-networkx` is needed for the third (extra `bench`); without it the script says so and ends.
+build what they need from the weights, and their edge sets of every size are compared. The heaps give one list, of which
+a size is the beginning; ours gives where each size ends, and `masks` adds writing out every size as masks.
 
-    python benchmarks/trace.py [--repeats 3] [--lengths 50,200,1000]
+    python benchmarks/trace.py [--repeats 5] [--lengths 50,200,1000]
 
 The last line is one JSON document.
 """
@@ -15,22 +15,24 @@ import argparse
 import heapq
 import json
 import math
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import networkx
 import numpy as np
 import torch
 from machine import describe, finish, require_idle, spread
 from transformers import LlamaConfig
 
 from strace.decoder import MLP, Attention, Decoder, Layer, Norm
-from strace.extract import SIZES, EdgeWeights, Traces, pairs
+from strace.extract import SIZES, EdgeWeights, StepMask, Traces, pairs
 from strace.families import read_spec
 from strace.importance import weigh_edges
 from strace.linear import Linear
@@ -76,10 +78,17 @@ def make_weights(tokens: int) -> EdgeWeights:
 
 
 def trace_ours(weights: EdgeWeights) -> Traces:
-    """Ours, up to where every size ends; `numbers` then reads an edge set off."""
+    """Ours, up to where every size ends."""
     traces = Traces(weights)
     traces.cut([traces.count_of(size) for size in SIZES])
     return traces
+
+
+def write_masks(weights: EdgeWeights) -> list[StepMask]:
+    """Ours, and the masks of every size."""
+    traces = trace_ours(weights)
+    counts = [traces.count_of(size) for size in SIZES]
+    return [traces.masks(number, counts) for number in range(len(weights.steps))]
 
 
 def _single(weights: EdgeWeights, number: int) -> list[tuple[np.ndarray[Any, Any], int]]:
@@ -134,8 +143,6 @@ def trace_arrays(weights: EdgeWeights) -> list[int]:
 
 def trace_networkx(weights: EdgeWeights) -> list[int]:
     """The same from a networkx multigraph with one dict per edge, as the paper's authors build it."""
-    import networkx
-
     tokens, heads = weights.tokens, weights.heads
     rows, columns = (x.tolist() for x in pairs(tokens))
     stride = 2 * tokens + len(rows) * heads
@@ -180,42 +187,70 @@ def clock(call: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
 def compare(repeats: int) -> dict[str, Any]:
     """Times of all three at `COMPARED` tokens; ends the process if their edge sets differ at any size."""
     weights = make_weights(COMPARED)
+    calls: dict[str, Callable[[EdgeWeights], Any]] = {
+        "ours": trace_ours,
+        "masks": write_masks,
+        "arrays": trace_arrays,
+        "networkx": trace_networkx,
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, Any] = {}
+    for name in ("ours", "masks"):
+        calls[name](weights)
     # Interleaved, so that a drift of the machine's speed falls on all.
-    ours: list[float] = []
-    arrays: list[float] = []
-    networkx: list[float] = []
-    trace_ours(weights)
     for _ in range(repeats):
-        times, traces = clock(lambda: trace_ours(weights), 3)
-        ours += times
-        times, order = clock(lambda: trace_arrays(weights), 1)
-        arrays += times
-        times, other = clock(lambda: trace_networkx(weights), 1)
-        networkx += times
-    for size in SIZES:
-        count = traces.count_of(size)
-        found = traces.numbers(count)
-        for name, reference in (("heap over arrays", order), ("networkx", other)):
-            if not np.array_equal(found, np.sort(np.array(reference[:count], np.int64))):
-                sys.exit(f"the trace of size {size} differs from that of the {name}")
-    middle = {name: statistics.median(t) for name, t in (("ours", ours), ("arrays", arrays), ("networkx", networkx))}
+        for name, call in calls.items():
+            some, found[name] = clock(partial(call, weights), 3 if name in ("ours", "masks") else 1)
+            times[name] += some
+    traces = found["ours"]
+    check_sets(traces, found)
+    seconds = {name: statistics.median(some) for name, some in times.items()}
     return {
         "tokens": COMPARED,
         "edges": traces.total,
-        "seconds": middle,
-        "noise": {"ours": spread(ours), "arrays": spread(arrays), "networkx": spread(networkx)},
-        "over_arrays": middle["arrays"] / middle["ours"],
-        "over_networkx": middle["networkx"] / middle["ours"],
+        "repeats": {name: len(some) for name, some in times.items()},
+        "seconds": seconds,
+        "noise": {name: spread(some) for name, some in times.items()},
+        "over_arrays": seconds["arrays"] / seconds["ours"],
+        "over_networkx": seconds["networkx"] / seconds["ours"],
+        "masks_over_arrays": seconds["arrays"] / seconds["masks"],
+        "masks_over_networkx": seconds["networkx"] / seconds["masks"],
         "sets_equal_at": len(SIZES),
     }
+
+
+def check_sets(traces: Traces, found: dict[str, Any]) -> None:
+    """End the process if a heap's edge set differs from ours at any size."""
+    for size in SIZES:
+        count = traces.count_of(size)
+        ours = traces.numbers(count)
+        for name in ("arrays", "networkx"):
+            if not np.array_equal(ours, np.sort(np.array(found[name][:count], np.int64))):
+                sys.exit(f"the trace of size {size} differs from that of the heap over {name}")
 
 
 def measure_alone(tokens: int) -> dict[str, Any]:
     """Time of ours at a length in this process, and its peak memory with the weights and everything imported."""
     weights = make_weights(tokens)
-    times, traces = clock(lambda: trace_ours(weights), 1 if tokens > 500 else 3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens": tokens, "edges": traces.total, "seconds": statistics.median(times), "peak_bytes": peak}
+    times, traces = clock(lambda: trace_ours(weights), 3)
+    return {
+        "tokens": tokens,
+        "edges": traces.total,
+        "seconds": statistics.median(times),
+        "peak_bytes": read_peak(),
+        "weights_bytes": sum(
+            part.nbytes
+            for step in weights.steps
+            for part in (step.residual, step.attention, step.mlp)
+            if part is not None
+        ),
+    }
+
+
+def read_peak() -> int:
+    """The most memory that this process has held. Not `ru_maxrss`, which a process inherits from its parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def measure_in_process(tokens: int) -> dict[str, Any]:
@@ -227,15 +262,13 @@ def measure_in_process(tokens: int) -> dict[str, Any]:
 def main() -> None:
     """Compare, then measure every length, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lengths", default="50,200,1000")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
         finish(measure_alone(options.alone))
         return
-    if find_spec("networkx") is None:
-        sys.exit("networkx is not installed; pip install 'strace-llm[bench]'")
     load = require_idle()
     compared = compare(options.repeats)
     lengths = [measure_in_process(int(length)) for length in options.lengths.split(",")]
