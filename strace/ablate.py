@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strace.decoder import Attention, Decoder, DenseAttend
-from strace.edges import PatternAttend
+from strace.decoder import Attention, Decoder, DenseAttend, causal_mask
+from strace.edges import attention_pattern, split_targets
 from strace.extract import Booleans, Integers, StepMask, Traces, pairs
 
 CONTROLS = ("trace", "trace+residuals", "inverse", "inverse+residuals", "random", "random+residuals")
 _BATCH_TOKENS = 4096  # positions run at once, over all sets
+_CHUNK = 1 << 24  # elements of a pattern [sets, heads, targets, sources] held at once
 
 
 class Masks(Protocol):
@@ -154,7 +155,6 @@ class _Masked(DenseAttend):
     def __init__(self, masks: Masks | None, rows: slice, shape: tuple[int, int], means: Means | None) -> None:
         super().__init__(*shape)
         self._masks, self._rows, self._means = masks, rows, means
-        self._attend: PatternAttend | None = None
         self._number = -1
         self._mask: StepMask | None = None
         self._added: list[Tensor] = []
@@ -167,18 +167,22 @@ class _Masked(DenseAttend):
         self._added = []
 
     def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pattern = PatternAttend(*self.shape, device=q.device)
-        mixed = pattern(layer, attention, q, k, v)
-        if self._mask is None or self._mask.attention is None:
-            return mixed
-        on = unpack_pairs(self._mask.attention, self.shape[1]).to(q.device)
-        group = attention.heads // attention.kv_heads
-        values = pattern.v.float().repeat_interleave(group, 1)
-        kept = (pattern.alpha * on) @ values
-        if self._means is not None:
-            mean = self._means.values[layer].to(q.device).repeat_interleave(group, 0)
-            kept += (pattern.alpha * ~on).sum(-1, keepdim=True) * mean[:, None]
-        return kept.transpose(1, 2).flatten(0, 1).to(mixed.dtype)
+        q, k, v = (t.reshape(*self.shape, *t.shape[1:]) for t in (q, k, v))
+        values = v.float().transpose(1, 2).repeat_interleave(attention.heads // attention.kv_heads, 1)
+        mask = causal_mask(self._places, self._places, attention.window).to(q.device)
+        on = None
+        if self._mask is not None and self._mask.attention is not None:
+            on = unpack_pairs(self._mask.attention, self.shape[1]).to(q.device)
+        mixed = torch.empty_like(q)
+        for some in split_targets(self.shape[1], attention.heads * self.shape[0] * self.shape[1], _CHUNK):
+            end = some.stop
+            alpha = attention_pattern(attention, q[:, some], k[:, :end], mask[some, :end])
+            kept = (alpha if on is None else alpha * on[:, :, some, :end]) @ values[:, :, :end]
+            if on is not None and self._means is not None:
+                mean = self._means.values[layer].to(q.device).repeat_interleave(values.shape[1] // v.shape[2], 0)
+                kept += (alpha * ~on[:, :, some, :end]).sum(-1, keepdim=True) * mean[:, None]
+            mixed[:, some] = kept.transpose(1, 2).to(mixed.dtype)
+        return mixed.flatten(0, 1)
 
     def tap(self, name: str, layer: int, value: Tensor) -> Tensor:
         """Cuts MLP and residual edges, and leaves the MLP out where its edge is cut; see `decoder.Tap`."""

@@ -12,6 +12,7 @@ are cut, so it has no weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,12 @@ def attention_pattern(attention: Attention, q: Tensor, k: Tensor, mask: Tensor) 
     grouped = q.unflatten(2, (attention.kv_heads, -1))
     scores = torch.einsum("sikgd,sjkd->skgij", grouped.float(), k.float()) * attention.scale
     return soft_cap(scores, attention.cap).masked_fill_(~mask, -torch.inf).softmax(-1).flatten(1, 2)
+
+
+def split_targets(targets: int, each: int, most: int) -> Iterator[slice]:
+    """Slices of as many targets as have at most `most` elements, with `each` for one of them; of one at least."""
+    few = max(1, most // each)
+    return (slice(start, min(start + few, targets)) for start in range(0, targets, few))
 
 
 @dataclass(frozen=True)

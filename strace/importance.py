@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from strace.decoder import Attention, Decoder, DenseAttend, Norm, causal_mask, mix
-from strace.edges import attention_pattern, scale_rows, target_scale
+from strace.edges import attention_pattern, scale_rows, split_targets, target_scale
 from strace.extract import EdgeWeights, Floats, Step, pairs
 from strace.families import Spec
 
@@ -107,7 +107,7 @@ class _KeepAttend(DenseAttend):
     def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.q, self.k, self.v = q, k, v
         mixed = torch.empty_like(q)
-        for some in _chunks(len(q), len(q) * attention.heads):
+        for some in split_targets(len(q), len(q) * attention.heads, _CHUNK):
             mask = self._mask(attention, some)[None]
             keys, values = (x[None, : some.stop].transpose(1, 2) for x in (k, v))
             mixed[some] = mix(q[None, some], keys, values, mask, attention)[0]
@@ -120,12 +120,6 @@ class _KeepAttend(DenseAttend):
 
     def _mask(self, attention: Attention, some: slice) -> Tensor:
         return causal_mask(self._places[some], self._places[: some.stop], attention.window)
-
-
-def _chunks(targets: int, each: int) -> Iterator[slice]:
-    """Slices of as many targets as fit in a chunk with `each` elements for one of them."""
-    few = max(1, _CHUNK // each)
-    return (slice(start, min(start + few, targets)) for start in range(0, targets, few))
 
 
 class _Heads:
@@ -144,7 +138,7 @@ class _Heads:
         """A few targets at a time with the weights [H, n, end] of their edges, not yet divided; `nodes` [T, hidden]."""
         if measure == "l1":  # exact, alpha being a number that is not negative
             norms = torch.stack([_l1(self.vectors(h)) for h in range(self.part.heads)])
-        for some in _chunks(len(nodes), len(nodes) * self.part.heads):
+        for some in split_targets(len(nodes), len(nodes) * self.part.heads, _CHUNK):
             alpha = self.attend.pattern(self.part, some) * self._scale[some]
             if measure == "l1":
                 yield some, alpha * norms[:, None, : some.stop]
@@ -156,7 +150,7 @@ class _Heads:
         found = torch.empty_like(alpha)
         for h in range(self.part.heads):
             vectors = self.vectors(h)[: alpha.shape[2]]
-            for few in _chunks(len(nodes), vectors.numel()):
+            for few in split_targets(len(nodes), vectors.numel(), _CHUNK):
                 found[h, few] = _proximity(alpha[h, few, :, None] * vectors, nodes[few, None])
         return found
 

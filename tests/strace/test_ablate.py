@@ -175,11 +175,12 @@ def test_controls_hold_the_edges_that_their_names_say(decoder: Decoder) -> None:
         assert by_name["inverse", count] == sets.traces.total - count
 
 
-def test_batches_of_sets_equal_single_runs(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_sets_equal_single_runs_of_single_targets(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(T)
     sets = make_selections(decoder, tokens, [30, 120, 200])
     together = run_masked(decoder, tokens, sets)
     monkeypatch.setattr("strace.ablate._BATCH_TOKENS", 1)
+    monkeypatch.setattr("strace.ablate._CHUNK", 1)
     apart = run_masked(decoder, tokens, sets)
     assert torch.allclose(together.logits, apart.logits, atol=1e-4)
     assert together.states.shape == (len(sets), decoder.spec.layers, decoder.spec.hidden)
