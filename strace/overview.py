@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -20,6 +18,7 @@ from strace.checkpoint import open_checkpoint
 from strace.classes import POOLED
 from strace.classifier import ClassifierManifest, read_classifier
 from strace.graphs import choose_folder
+from strace.page import render
 from strace.subgraph import BadSubgraph, Candidate, Manifest, check_base, find_subgraphs, read_manifest
 
 PAGE = "overview.html"
@@ -213,10 +212,10 @@ def list_acceptance(manifest: Manifest) -> list[list[str]]:
 
 def render_page(overview: Overview) -> str:
     """One HTML page that needs nothing else."""
-    template = Environment(autoescape=True).from_string((files("strace") / PAGE).read_text(encoding="utf-8"))
     base = next(iter(overview.manifests.values())).base
     told = overview.classifier
-    return template.render(
+    return render(
+        PAGE,
         base=base,
         folder=str(overview.folder),
         columns=COLUMNS,

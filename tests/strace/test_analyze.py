@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
+from strace import analyze
 from strace.ablate import CONTROLS
 from strace.analyze import (
     MANIFEST,
@@ -28,7 +35,7 @@ from strace.analyze import (
 from strace.extract import count_edges
 from strace.metrics import entropy
 from strace.paper import app
-from tests.tiny import save_tiny
+from tests.tiny import VARIANTS, save_tiny, save_variant
 
 SIZES = (1e-3, 1e-2, 0.1, 0.5, 1.0)
 WORDS = [
@@ -116,21 +123,20 @@ def test_every_prompt_has_its_rows_and_they_add_up(done: Options) -> None:
         assert part.entropy == pytest.approx(float(entropy(p)), abs=1e-4)
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-def test_gpt_neox_is_analyzed_in_steps_of_its_blocks(tmp_path: Path, parallel: bool) -> None:
-    model = save_tiny(tmp_path / "neox", "gpt_neox", use_parallel_residual=parallel)
-    prompts = write_prompts(tmp_path / "p.jsonl")
-    arguments = ["analyze", str(model), "--prompts", str(prompts), "-o", str(tmp_path), "--words", "4", "--limit", "2"]
-    result = runner.invoke(app, [*arguments, "--sizes", "0.01,0.3,1"])
-    assert result.exit_code == 0, result.output
-    shape = read_manifest(tmp_path / "neox").shape
-    assert shape.steps == (3 if parallel else 6)
-    for part in read_parts(tmp_path / "neox"):
-        assert part.edges == count_edges(shape.layers, shape.heads, part.tokens, parallel)
-        assert [len(residual) for residual in part.residual] == [shape.steps] * 3
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_is_analyzed(tmp_path: Path, variant: str) -> None:
+    model, prompts = save_variant(tmp_path / "model", variant), write_prompts(tmp_path / "p.jsonl")
+    options = Options(str(model), prompts, tmp_path / "out", words=4, sizes=(0.01, 0.3, 1.0), limit=2)
+    spec = run(options).checkpoint.spec
+    assert read_manifest(options.output).shape.steps == spec.steps == (3 if spec.parallel else 6)
+    for part in read_parts(options.output):
+        unwindowed = count_edges(spec.layers, spec.heads, part.tokens, spec.parallel)
+        assert part.edges < unwindowed if any(spec.window) else part.edges == unwindowed
+        assert [len(residual) for residual in part.residual] == [spec.steps] * 3
         whole = {row.control: row for row in part.rows if row.size == 1}
         assert max(whole["trace"].tv, whole["random"].tv) < 1e-4
         assert whole["inverse"].edges == 0
+        assert part.rows[0].tv > 1e-3
 
 
 def test_rows_are_one_json_object_per_masked_run(done: Options) -> None:
@@ -153,7 +159,25 @@ def test_a_stopped_run_goes_on_and_comes_to_the_same(options: Options, done: Opt
     assert list(Analyst(replace(options, limit=4)).run()) == [3]
 
 
-def test_processes_split_the_prompts(done: Options) -> None:
+def test_processes_of_accelerate_share_the_prompts(done: Options, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--no_python", sys.executable, "-c", "from strace.paper import app; app()", "analyze", done.model]
+    command += ["--prompts", str(done.prompts), "-o", str(tmp_path), "--words", "4", "--limit", "3"]
+    command += ["--sizes", ",".join(map(str, SIZES))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("report in") == 1
+    folder = tmp_path / Path(done.model).name
+    for one, other in zip(read_parts(folder), read_parts(done.output), strict=True):
+        assert one.counts == other.counts
+        assert [row.tv for row in one.rows] == pytest.approx([row.tv for row in other.rows], abs=1e-5)
+    written = [json.loads(line)["prompt"] for line in (folder / ROWS).read_text().splitlines()]
+    assert sorted(set(written)) == [0, 1, 2]
+
+
+def test_every_process_takes_its_own_share(done: Options) -> None:
     analyst = Analyst(done)
     shares = []
     for process in range(2):
@@ -313,6 +337,80 @@ def test_the_command_names_what_is_wrong(
     assert result.exit_code == code
     assert named in result.output
     assert not (options.output / model.name).exists()
+
+
+def arguments_of(options: Options) -> list[str]:
+    """The command line of some options, its report's folder above theirs."""
+    given = ["analyze", options.model, "--prompts", str(options.prompts), "-o", str(options.output.parent / "study")]
+    return [*given, "--words", "4", "--limit", "3", "--sizes", ",".join(map(str, SIZES))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.txt", "", "holds no prompt"),
+        ("a.txt", "the quick brown fox\nthe quick\n", "a.txt:2: 2 words, but prompts of 4 were asked for"),
+        (
+            "a.jsonl",
+            '{"text": "the quick brown fox"}\n{"title": "the lazy dog"}',
+            "a.jsonl:2: needs an object with text",
+        ),
+        ("a.jsonl", '{"text": "the quick', "a.jsonl:1: not JSON"),
+    ],
+)
+def test_the_command_names_a_bad_prompt(options: Options, tmp_path: Path, name: str, content: str, named: str) -> None:
+    (tmp_path / name).write_text(content)
+    result = runner.invoke(app, arguments_of(replace(options, prompts=tmp_path / name)))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert named in result.stderr
+    assert not (tmp_path / "study").exists()
+
+
+def test_after_a_full_disk_or_a_broken_part_the_command_keeps_what_is_finished(
+    options: Options, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, parts = analyze.save_file, options.output.parent / "study" / model.name / PARTS
+
+    def fill(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "00001" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(tensors, path)
+
+    monkeypatch.setattr(analyze, "save_file", fill)
+    result = runner.invoke(app, arguments_of(options))
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert sorted(path.name for path in parts.iterdir()) == ["00000.json", "00000.safetensors"]
+    monkeypatch.undo()
+    (parts / "00001.json").write_text("{")
+    first = (parts / "00000.json").read_bytes()
+    result = runner.invoke(app, arguments_of(options))
+    assert result.exit_code == 1
+    assert "00001.json is broken" in result.stderr
+    assert "delete it and run again" in result.stderr
+    (parts / "00001.json").unlink()
+    result = runner.invoke(app, arguments_of(options))
+    assert result.exit_code == 0, result.output
+    assert (parts / "00000.json").read_bytes() == first
+    assert len(read_parts(parts.parent)) == 3
+
+
+def test_two_models_are_compared_by_the_command(options: Options, model: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", "gpt_neox", seed=3)
+    shared = replace(options, prompts=write_prompts(tmp_path / "q.jsonl", 7))
+    result = runner.invoke(app, [*arguments_of(shared), str(other), "--limit", "7"])
+    assert result.exit_code == 0, result.output
+    study = tmp_path / "study"
+    densities = []
+    for name in (model.name, "other"):
+        rows = [json.loads(line) for line in (study / name / ROWS).read_text().splitlines()]
+        densities.append([row["density"] for row in rows if row["control"] == "trace" and row["size"] == 1])
+    found = spearmanr(*densities).statistic
+    page = re.sub(r"<[^>]+>", " ", (study / "report.html").read_text(encoding="utf-8"))
+    assert re.search(rf"{model.name}, other\s+{found:.3f}\s+-?[\d.]+ to -?[\d.]+\s+7", page)
+    assert (study / "figures" / "comparison.png").exists()
 
 
 def test_the_command_names_an_unknown_model(options: Options) -> None:

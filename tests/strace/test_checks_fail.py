@@ -14,7 +14,8 @@ from torch import Tensor
 from strace import ablate, edges
 from strace.checkpoint import load_decoder, open_checkpoint
 from strace.decoder import Decoder
-from strace.extract import Floats, Integers, Traces, count_edges
+from strace.extract import Edge, Floats, Integers, Traces, count_edges
+from strace.importance import draw_weights
 from tests.strace import test_ablate, test_edges, test_extract, test_importance
 from tests.tiny import VARIANTS, save_variant
 
@@ -98,6 +99,18 @@ def test_a_trace_by_local_weight_alone_is_caught(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Traces, "_kappas", broken)
     with pytest.raises(AssertionError):
+        test_importance.test_traces_are_nested_connected_and_of_all_edges(folder, "l1")
+
+
+def test_traces_that_are_not_nested_are_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size grown over weights of its own: connected and of the right number, no more."""
+    edges_of, spec = Traces.edges, open_checkpoint(str(folder)).spec
+
+    def redrawn(self: Traces, count: int) -> list[Edge]:
+        return edges_of(Traces(draw_weights(spec, self.weights.tokens, count)), count)
+
+    monkeypatch.setattr(Traces, "edges", redrawn)
+    with pytest.raises(AssertionError, match="<="):
         test_importance.test_traces_are_nested_connected_and_of_all_edges(folder, "l1")
 
 

@@ -6,18 +6,22 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from strace.analyze import Analyst, BadAnalysis, Options
 from strace.figures import KIND_COLOURS, Study, find_studies, presence_grid, state_alignment
-from strace.report import PLOTS, write_report
+from strace.report import PLOTS, first_below, write_report
 from tests.strace.test_analyze import write_prompts
 from tests.tiny import save_tiny
 
 SIZES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 0.6, 1.0)
 PROMPTS = 6
+PANELS = sum(len(plot.panels) for plot in PLOTS)
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+QUIET += " --disable-component-update --disable-sync"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -68,18 +72,19 @@ def test_every_figure_is_in_the_page_and_beside_it(folder: Path) -> None:
     names = [f"{model}-{plot.name}.png" for model in ("one", "other") for plot in PLOTS] + ["comparison.png"]
     assert sorted(path.name for path in (folder / "figures").iterdir()) == sorted(names)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
-    assert page.tags.count("svg") == len(names)
+    assert page.tags.count("svg") == 2 * PANELS + 3
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_chromium_shows_the_page_without_an_error(folder: Path, width: int) -> None:
+def test_chromium_shows_the_page_without_an_error(folder: Path, width: int, scheme: Literal["light", "dark"]) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     wrong: list[str] = []
     with playwright.sync_playwright() as driver:
         # No sandbox: as root, in a container, Chromium does not start with one. The page is our own.
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.on("console", lambda message: wrong.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
         page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
@@ -87,11 +92,27 @@ def test_chromium_shows_the_page_without_an_error(folder: Path, width: int) -> N
         page.goto((folder / "report.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         boxes = page.evaluate("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
+        colours = page.evaluate(COLOURS)
         browser.close()
     assert wrong == []
-    # Drawn at its own size, whatever the screen's: a squeezed figure cannot be read.
-    assert len(boxes) == 2 * len(PLOTS) + 1
+    # None is squeezed, none cut off, on a telephone neither.
+    assert len(boxes) == 2 * PANELS + 3
     assert min(boxes) > 300
+    assert max(boxes) <= width
+    # Every text and line of the drawings has a colour, another one than the page's.
+    assert colours["missing"] == 0
+    assert colours["ink"] != colours["page"]
+
+
+COLOURS = """() => {
+  const style = getComputedStyle(document.documentElement), svg = [...document.querySelectorAll('svg')]
+  const named = new Set(svg.flatMap(e => [...e.outerHTML.matchAll(/var\\((--\\w+)\\)/g)].map(m => m[1])))
+  return {
+    missing: [...named].filter(name => !style.getPropertyValue(name)).length,
+    ink: getComputedStyle(document.querySelector('svg text')).fill,
+    page: getComputedStyle(document.body).backgroundColor,
+  }
+}"""
 
 
 def is_outside(url: str) -> bool:
@@ -127,6 +148,21 @@ def test_states_align_with_the_full_runs_at_full_size(folder: Path) -> None:
     alignment = state_alignment(find_studies(folder)[0])
     assert alignment.shape == (len(SIZES),)
     assert alignment[-1] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_point_of_density_against_entropy_says_its_prompt(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for part in find_studies(folder)[0].parts:
+        assert f"<title>{part.density:.3f}: {part.text}</title>" in page
+
+
+def test_the_first_size_that_stays_below_a_bar_is_named(folder: Path) -> None:
+    study = find_studies(folder)[0]
+    tv = np.array([0.9, 0.4, 0.6, 0.45, 0.4, 0.1, 0.0])
+    assert first_below(study, tv, 0.5) == f"{SIZES[3]:g}"
+    assert first_below(study, tv, 0.05) == "1"
+    assert first_below(study, tv, 0.95) == f"{SIZES[0]:g}"
+    assert first_below(study, tv + 0.5, 0.05) == "none"
 
 
 def test_quarters_and_kinds_sum_to_the_trace(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ from typer.testing import CliRunner
 
 from strace.analyze import BadAnalysis
 from strace.checkpoint import load_decoder, open_checkpoint
-from strace.extract import Traces
+from strace.extract import Edge, Traces
 from strace.importance import weigh_edges
 from strace.paper import app
-from strace.show import draw_trace, save_trace, trace_prompt
-from tests.tiny import save_tiny
+from strace.show import draw_trace, make_page, save_trace, trace_prompt
+from tests.tiny import VARIANTS, save_tiny, save_variant
 
 PROMPT = "a $5 <b>\n&\tz"
 runner = CliRunner()
@@ -43,20 +44,49 @@ def test_the_whole_graph_is_the_full_model(model: str) -> None:
     assert [likely.token for likely in shown.full] == [likely.token for likely in shown.trace]
 
 
-def test_parallel_blocks_have_a_level_per_layer(tmp_path: Path) -> None:
-    shown = trace_prompt(str(save_tiny(tmp_path, "gpt_neox")), "abcdef", 0.2)
-    assert shown.levels == 4
-    assert shown.layers == [0, 1, 2]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_is_drawn(tmp_path: Path, variant: str) -> None:
+    shown = trace_prompt(str(save_variant(tmp_path, variant)), "abcdef", 0.2)
+    assert shown.layers == ([0, 1, 2] if variant == "gpt_neox" else [0, 0, 1, 1, 2, 2])
+    assert shown.levels == len(shown.layers) + 1
     assert {edge.kind for edge in shown.edges} == {"residual", "attention", "mlp"}
     draw_trace(shown)
 
 
-def test_the_picture_has_a_line_per_edge_and_a_label_per_token(model: str) -> None:
+def test_the_picture_has_a_line_per_edge_and_a_label_per_column(model: str) -> None:
     shown = trace_prompt(model, PROMPT, 0.1)
     axes = draw_trace(shown).axes[0]
     lines = sum(len(part.get_paths()) for part in axes.collections[:3])
     assert lines == len(shown.edges)
+    touched = {edge.source for edge in shown.edges} | {edge.target for edge in shown.edges}
+    assert touched == set(range(len(shown.tokens)))
     assert len(axes.get_xticklabels()) == len(shown.tokens)
+
+
+def test_tokens_beside_each_other_that_are_not_touched_share_a_column(model: str) -> None:
+    whole = trace_prompt(model, "abcdefgh", 0.1)
+    kept = [edge for edge in whole.edges if edge.source == edge.target == 7]
+    shown = replace(whole, edges=[*kept, Edge(0, 0, "attention", 1, 3, 2, 0.5)])
+    labels = [label.get_text() for label in draw_trace(shown).axes[0].get_xticklabels()]
+    assert labels == ["… 2 tokens", "c", "d", "… 3 tokens", "h"]
+
+
+def test_of_a_great_many_edges_the_heaviest_are_drawn(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strace.show._MOST_DRAWN", 9)
+    shown = trace_prompt(model, PROMPT, 0.3)
+    axes = draw_trace(shown).axes[0]
+    assert sum(len(part.get_paths()) for part in axes.collections[:-1]) == 9
+    assert "drawn: the 9 heaviest" in axes.get_title(loc="left")
+
+
+def test_the_page_names_every_edge_and_runs_nothing(model: str) -> None:
+    shown = trace_prompt(model, PROMPT, 0.02)
+    page = make_page(shown)
+    assert page.count("<title>attention, layer") == sum(edge.kind == "attention" for edge in shown.edges)
+    assert page.count("<title>") == len(shown.edges) + 1
+    assert "&lt;b&gt;" in page
+    assert "<b>\n" not in page
+    assert "<script" not in page
 
 
 def test_a_trace_of_one_kind_of_edge_is_drawn(model: str, tmp_path: Path) -> None:
@@ -65,12 +95,12 @@ def test_a_trace_of_one_kind_of_edge_is_drawn(model: str, tmp_path: Path) -> Non
     save_trace(shown, tmp_path / "x.svg")
 
 
-@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize("kind", ["png", "svg", "html"])
 def test_the_command_writes_a_picture_and_json(model: str, tmp_path: Path, kind: str) -> None:
     picture = tmp_path / "new" / f"trace.{kind}"
     result = runner.invoke(app, ["show", model, PROMPT, "--size", "0.02", "-o", str(picture)])
     assert result.exit_code == 0, result.output
-    assert picture.read_bytes().startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    assert picture.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml", "html": b"<!doctype html>"}[kind])
     record = json.loads(picture.with_suffix(".json").read_text())
     full, traced = result.output.splitlines()[:2]
     assert full.startswith(f"full model  {record['full'][0]['token']!r} {record['full'][0]['probability']:.3f}")
@@ -95,12 +125,12 @@ def test_the_command_says_when_no_path_fits(model: str, tmp_path: Path) -> None:
     ("arguments", "code", "named"),
     [
         (["", "--size", "0.1"], 1, "the prompt has 0 tokens"),
-        (["x" * 300, "--size", "0.1"], 1, "the prompt has 300 tokens; a picture is drawn of 1 to 256"),
+        (["x" * 300, "--size", "0.1"], 1, "the prompt has 300 tokens; the model's context is 1 to 256"),
         (["abc", "--size", "0"], 2, "outside (0, 1]"),
         (["abc", "--size", "1.5"], 2, "outside (0, 1]"),
         (["abc", "--size", "nan"], 2, "outside (0, 1]"),
         (["abc", "--size", "1e-9"], 1, "holds none"),
-        (["abc", "--size", "0.1", "-o", "x.pdf"], 2, "a picture ends in .png or .svg"),
+        (["abc", "--size", "0.1", "-o", "x.pdf"], 2, "a picture ends in .png, .svg, .html"),
         (["abc", "--size", "0.1", "--importance", "l3"], 2, "unknown importance 'l3'"),
         (["abc", "--size", "0.1", "--format", "int4"], 2, "unknown format 'int4'"),
     ],
