@@ -197,13 +197,16 @@ def draw_weights(spec: Spec, tokens: int, seed: int | Sequence[int] = 0) -> Edge
     They are not divided by their sum over a node: that would favour nodes of few edges, which are the early positions.
     """
     generator = np.random.default_rng(seed)
+    rows, columns = pairs(tokens)
 
     def draw(*shape: int) -> Floats:
         return generator.random(shape, np.float32)
 
     steps: list[Step] = []
-    for l in range(spec.layers):
-        residual, attention = draw(tokens), draw(spec.heads, tokens * (tokens + 1) // 2)
+    for l, window in enumerate(spec.window):
+        residual, attention = draw(tokens), draw(spec.heads, len(rows))
+        if window is not None:
+            attention[:, rows - columns >= window] = -np.inf
         if spec.parallel:
             steps.append(Step(l, residual, attention, draw(tokens)))
         else:

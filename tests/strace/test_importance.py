@@ -227,15 +227,16 @@ def test_the_final_norm_weighs_the_edges_into_the_output(tmp_path: Path) -> None
     assert weighed.mlp[-1] != plain.mlp[-1]
 
 
-def test_a_sliding_window_has_no_edges_outside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_sliding_window_has_no_edges_outside_it(tmp_path: Path, measure: str) -> None:
     save_tiny(tmp_path, "mistral", sliding_window=3)
     decoder = load_decoder(open_checkpoint(str(tmp_path)), "fp32")
-    weights = weigh_edges(decoder, random_tokens(7))
+    weights = weigh_edges(decoder, random_tokens(7), measure)
     attention = weights.steps[0].attention
     assert attention is not None
     rows, columns = pairs(7)
     assert np.array_equal(np.isinf(attention[0]), rows - columns >= 3)
-    assert torch.allclose(sums(weights), torch.ones(6, 7).double(), atol=1e-5)
+    assert measure == "random" or torch.allclose(sums(weights), torch.ones(6, 7).double(), atol=1e-5)
     layers, heads = decoder.spec.layers, decoder.spec.heads
     assert Traces(weights).total < count_edges(layers, heads, 7)
 
