@@ -130,7 +130,7 @@ def draw_trace(shown: Shown) -> Figure:
     axes.set_yticks([*starts, up - 1], [*(str(shown.layers[step]) for step in starts), "out"], fontsize=9)
     axes.set_ylabel("stream before layer")
     axes.grid(False)
-    axes.set_title("\n".join(_head(shown, len(edges))), fontsize=9.5)
+    axes.set_title("\n".join(_head(shown, len(edges))), fontsize=9.5, loc="left")
     handles = [Line2D([], [], color=colour, label=kind) for kind, colour in KIND_COLOURS.items()]
     axes.legend(handles=handles, loc="upper left")  # where an empty corner is: what comes late is near the output
     return figure
@@ -229,7 +229,7 @@ def save_trace(shown: Shown, picture: Path) -> Path:
 def make_page(shown: Shown) -> str:
     """One HTML page that needs nothing else: the picture, its edges named under a pointer, and what it says."""
     figure = draw_trace(shown)
-    figure.axes[0].set_title("")
+    figure.axes[0].set_title("", loc="left")
     svg, drawn = as_element(figure, "trace"), _heaviest(shown.edges, _MOST_DRAWN)
     if len(drawn) <= _MOST_POINTED:
         for kind in KIND_COLOURS:
