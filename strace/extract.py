@@ -31,6 +31,7 @@ SIZES += (6e-3, 8e-3, 1e-2, 2e-2, 4e-2, 6e-2, 8e-2, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0
 KINDS = ("residual", "attention", "mlp")
 _NUMBER_BITS = 33  # of an int64 key, below the 30 bits that a float32 in [0, 1] has
 _MOST = 1 << _NUMBER_BITS
+_PIECE = 1 << 20  # edges of one kappa ordered at once
 _BIN_BITS = 15  # low bits of a float32 left out of its histogram bin
 _BINS = (0x3F800000 >> _BIN_BITS) + 1  # up to the pattern of 1.0
 
@@ -231,22 +232,33 @@ class Traces:
         falling = self._histogram[::-1].cumsum()
         bins = _BINS - 1 - np.searchsorted(falling, fresh)
         kappa, weight, number = self._collect(bins)
-        order = np.argsort(-kappa, kind="stable")
-        kappa = kappa[order]
+        rising = np.sort(kappa)
         # A kappa's rank among all edges is its rank among the collected, and the others in higher bins.
         left_out = self._histogram.copy()
         left_out[bins] = 0
         higher = left_out[::-1].cumsum()[::-1][bins]
-        values = kappa[fresh - 1 - higher]
+        values = rising[len(rising) - (fresh - higher)]
         for value in np.unique(values):
-            first, last = np.searchsorted(-kappa, -value, "left"), np.searchsorted(-kappa, -value, "right")
-            group = order[first:last]
+            heavier, group = len(rising) - np.searchsorted(rising, value, "right"), np.flatnonzero(kappa == value)
             chosen = np.flatnonzero(values == value)
-            needs = fresh[chosen] - higher[chosen] - first
-            if (needs < len(group)).any():
-                group = group[self._sort_tied(weight[group], number[group])]
+            needs = fresh[chosen] - higher[chosen] - heavier
+            most = int(needs[needs < len(group)].max(initial=0))
+            ordered = self._first_tied(group, weight, number, most)
             for k, need in zip(fresh[chosen].tolist(), needs, strict=True):
-                self._cuts[k] = _Cut(value, np.sort(number[group[:need]]))
+                taken = group if need == len(group) else ordered[:need]
+                self._cuts[k] = _Cut(value, np.sort(number[taken]))
+
+    def _first_tied(self, group: Integers, weight: Floats, number: Integers, most: int) -> Integers:
+        """The first `most` of a group of edges of one kappa, in a heap's order.
+
+        A piece at a time: the group may be a fifth of the graph, and what is cut out of it very little.
+        """
+        piece = max(_PIECE, most)
+        first = group[:0]
+        for start in range(0, len(group) if most else 0, piece):
+            first = np.concatenate([first, group[start : start + piece]])
+            first = first[self._sort_tied(weight[first], number[first])[:most]]
+        return first
 
     def _collect(self, bins: Integers) -> tuple[Floats, Floats, Integers]:
         """kappa, weight and number of all edges whose kappa falls in one of `bins`."""

@@ -112,6 +112,15 @@ def test_edge_sets_equal_a_heaps_at_every_number_of_edges(
     assert_equal_at_all_counts(make_weights(layers, heads, tokens, seed, grid, parallel, window))
 
 
+@pytest.mark.parametrize("grid", [None, 3])
+def test_ties_ordered_in_pieces_equal_a_heaps(grid: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strace.extract._PIECE", 2)
+    weights = make_weights(3, 2, 5, seed=6, grid=grid)
+    order = grow(weights)
+    for count in range(1, len(order) + 1):
+        assert set(Traces(weights).numbers(count).tolist()) == set(order[:count]), count
+
+
 def test_equal_weights_everywhere_are_taken_by_number() -> None:
     even = make_weights(2, 2, 4)
     for step in even.steps:
