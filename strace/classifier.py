@@ -28,6 +28,7 @@ from strace.files import file_beside, write_beside
 SCHEMA = 1
 MANIFEST, TENSORS = "classifier.json", "classifier.safetensors"
 READ = 512  # tokens, the latest: those before say less of what comes next, and the cost stays bounded
+LATE = 96  # tokens, the latest: of what class they are for sure, a conversation has turned to
 OPENINGS = (8, 32, READ)  # tokens of a text that are fitted and judged: a short prompt must be told as well
 PRECISION = 0.95  # share of the answers of a class that are to be right
 LEAST = 0.6  # probability below which nothing is answered, however often it was right
@@ -155,7 +156,13 @@ class Classifier:
         return _softmax(self.tables.score(ids)[0] / self.manifest.temperature)
 
     def choose(self, ids: Sequence[int]) -> str:
-        """The class of a prompt's token ids; `pooled` when unsure or when the text is a stranger to its class."""
+        """The class of a prompt's token ids: that of the latest if they are surely of one, for a long conversation on
+        something else must not outvote its last turn; else that of all."""
+        late = self._tell(ids[-LATE:])
+        return late if late != POOLED or len(ids) <= LATE else self._tell(ids)
+
+    def _tell(self, ids: Sequence[int]) -> str:
+        """`pooled` when unsure or when the text is a stranger to its class."""
         scores, likelihoods, length = self.tables.score(ids)
         if not length:
             return POOLED

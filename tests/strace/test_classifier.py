@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strace.checkpoint import open_checkpoint
 from strace.classes import POOLED
 from strace.classifier import (
+    LATE,
     MANIFEST,
     NEVER,
     READ,
@@ -117,6 +118,15 @@ def test_the_cost_is_bounded_and_the_latest_words_count(fitted: Classifier) -> N
     assert fitted.choose([*a, *b]) == "b"
     assert fitted.choose([*b, *a]) == "a"
     assert np.array_equal(fitted.probabilities([*a, *b]), fitted.probabilities(b))
+
+
+def test_a_conversation_that_turns_to_something_else_changes_class(fitted: Classifier) -> None:
+    """However much was said before; a last turn that tells nothing leaves the class as it was."""
+    rng = np.random.default_rng(4)
+    for (_, a), (_, b) in zip(draw(rng, 40, 20, length=4 * LATE), draw(rng, 80, 20, length=LATE), strict=True):
+        assert [fitted.choose(ids) for ids in (a, [*a, *b], [*a, *b, *a])] == ["a", "b", "a"]
+        assert fitted.choose([*a, *[299] * LATE]) == "a"
+        assert fitted.choose([*a, *[299] * LATE, *b]) == "b"
 
 
 @given(st.lists(st.integers(0, 400), max_size=80))

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import wait
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from server.engine.observer import Step
 from server.engine.options import Options
 from server.engine.request import Mode, Overloaded, Ran, Refused, Request, Unavailable, Update
 from server.engine.sequence import Times
+from strace.classifier import LATE, fit_classifier
 from strace.draft import Draft, DraftPlan
 from strace.graphs import make_runner as run_graphs
 from strace.kv import BLOCK, Batch
@@ -33,6 +35,7 @@ from tests.server.engine.harness import (
     make_runner,
     submit,
 )
+from tests.strace.test_classifier import draw
 
 SEEDED = {"temperature": 1.0, "seed": 3}
 
@@ -190,6 +193,16 @@ def test_the_chooser_picks_the_class() -> None:
     engine._chooser = Chooser()
     requests = [make_request([1], class_name=None), make_request([2], class_name=None), make_request([1])]
     assert [g.ran.class_name for g in decode(engine, *requests)] == ["lame", "pooled", "pooled"]
+
+
+def test_each_turn_of_a_conversation_is_classified() -> None:
+    rng = np.random.default_rng(0)
+    known = {name: draw(rng, low, 40) for name, low in (("lame", 40), ("stranger", 80))}
+    engine = make_engine(chooser=fit_classifier(known, known, VOCABULARY))
+    (_, first), (_, second) = draw(rng, 40, 1, length=120)[0], draw(rng, 80, 1, length=LATE)[0]
+    turns = [first, [*first, *second]]
+    got = [decode(engine, make_request(turn, max_tokens=4, class_name=None))[0] for turn in turns]
+    assert [g.ran.class_name for g in got] == ["lame", "stranger"]
 
 
 def test_max_draft() -> None:
