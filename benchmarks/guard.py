@@ -3,7 +3,8 @@
 Every round decodes the same batch of prompts to the same length in each mode, the order rotating; the speedup of a
 round is `full`'s time over the mode's. The guard starts knowing nothing, and the round in which it learns counts.
 Loads: `random`, prompts of random tokens; `wrong`, held-out texts; both drafted by the subgraphs of other classes, five
-in one batch. Times are whole requests, prefill included, without HTTP.
+in one batch. `routed` emits from a confidence of .4 on, because nothing is certified for a class that is wrongly named.
+Times are whole requests, prefill included, without HTTP.
 
 Examples:
   python benchmarks/guard.py
@@ -35,6 +36,7 @@ from strace.sampling import SamplingParams
 
 MODES = (Mode.FULL, Mode.EXACT, Mode.ROUTED)
 LENGTH = 32  # tokens of a random prompt
+THRESHOLD = 0.4  # of `routed`
 
 
 def make_prompts(load: str, checkpoint: Checkpoint, vocabulary: int, count: int) -> list[tuple[str, list[int]]]:
@@ -63,7 +65,14 @@ def run_batch(
     begun = time.perf_counter()
     for number, (name, prompt) in enumerate(prompts):
         request = Request(
-            str(number), prompt, SamplingParams(temperature), tokens, mode=mode, class_name=name, ignore_eos=True
+            str(number),
+            prompt,
+            SamplingParams(temperature),
+            tokens,
+            mode=mode,
+            class_name=name,
+            threshold=THRESHOLD if mode == Mode.ROUTED else None,
+            ignore_eos=True,
         )
         engine.submit(request, deliver)
     while len(rans) < len(prompts):

@@ -7,6 +7,7 @@ confidence, known before the draw, and whether it ends the text. A drawn token i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -66,12 +67,14 @@ class GainRule:
         planned = self.planned + drawn
         verified = extrapolate(self.full_seconds, planned)
         gain, acceptance = 0.0, float(self.acceptance[-1])
+        hope = survival * acceptance / (1 - acceptance) if acceptance < 1 else math.inf  # the gain of an endless draft
         for n in range(1, most + 1):
             survival *= acceptance
             gain += survival
             extra = extrapolate(self.full_seconds, planned + n) - verified
-            if gain >= self.tokens_per_second * (n * step + extra):
-                return True
+            price = self.tokens_per_second * (n * step + extra)
+            if gain >= price or price > hope:  # and prices never fall
+                return gain >= price
         return False
 
     def stands(self, confidence: float) -> float:

@@ -51,6 +51,7 @@ class Cycle:
     ) -> None:
         self.runner, self.cost, self.speculation, self.guard = runner, cost, speculation, guard
         self._options = options
+        self._longest = max(options.max_draft, options.run_limit)
         self._turn = Turn(0)
 
     def draft(self, plan: Plan) -> None:
@@ -64,6 +65,8 @@ class Cycle:
                 by_graph.setdefault(sequence.ran.class_name, []).append(sequence)
         for graph, sequences in by_graph.items():
             rule = self.speculation.rule(graph, planned, len(plan.decoding))
+            if not (turn.probe or rule.pays(1.0, len(sequences), 0, self._longest)):
+                continue  # before the texts are looked at: where drafts do not pay nothing else shall cost either
             rule, limits = self._choose_drafting(graph, rule, {s: s.limits(self._options) for s in sequences})
             if limits:
                 drafting = DraftPlan([s.sampler() for s in limits], list(limits.values()), rule)
