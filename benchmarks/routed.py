@@ -49,9 +49,9 @@ DRAWS = 1000
 ALLOWED = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
 
 
-def resample(folder: Path, certificate: Certificate, temperature: float) -> list[dict[str, Any]]:
+def resample(table: Path, certificate: Certificate, temperature: float) -> list[dict[str, Any]]:
     """The share of calibration draws that break the promise, per risk, of the losses measured for a class."""
-    losses = Losses.load(folder)
+    losses = Losses.load(table)
     thresholds = losses.measured(temperature, certificate.prompts)
     if not thresholds or not certificate.prompts:
         return []
@@ -184,12 +184,13 @@ def main() -> None:
     folder = choose_folder(arguments.model, arguments.subgraphs)
     if folder is None:
         parser.error(f"{arguments.model} has no subgraphs")
-    setting = Setting(engine.runner.name, choose_dtype("cpu"))
+    setting = Setting(engine.runner.name, engine.runner.isa, choose_dtype("cpu"))
     resampled, results, uncertified = [], [], []
     for name, certificate in load_certificates(folder, find_subgraphs(folder), setting).items():
+        table = setting.path(folder / name).with_suffix(".safetensors")
         for temperature in sorted({level.temperature for level in certificate.levels}, reverse=True):
             about = {"class": name, "temperature": temperature}
-            resampled += [about | row for row in resample(folder / name, certificate, temperature)]
+            resampled += [about | row for row in resample(table, certificate, temperature)]
             if arguments.resample_only or name not in arguments.classes:
                 continue
             encode = checkpoint.tokenizer

@@ -62,8 +62,8 @@ class Asked:
 
 
 def certify(asked: Asked, progress: Progress = lambda doing, share: None) -> tuple[dict[str, Certificate], bool]:
-    """Measure and certify; writes `routed.safetensors` and `routed.json` beside each subgraph. What was measured before
-    with the same subgraph, runner, format and prompts is not measured again.
+    """Measure and certify; writes a table and a certificate of this setting into the folder `routed` of each subgraph.
+    What was measured before with the same subgraph, setting and prompts is not measured again.
 
     Returns the certificates by class, and whether all was measured before time was up.
 
@@ -87,7 +87,7 @@ def certify(asked: Asked, progress: Progress = lambda doing, share: None) -> tup
     for ids in read_documents(checkpoint, asked.prompts, folder, room):
         by_class[engine.choose(ids)].append(ids)
     dtype = choose_dtype(asked.placement.device, asked.placement.dtype)
-    setting = Setting(engine.runner.name, dtype)
+    setting = Setting(engine.runner.name, engine.runner.isa, dtype)
     names = [name for name in served if name in asked.classes or not asked.classes]
     found, whole = {}, True
     for number, name in enumerate(names):
@@ -168,7 +168,8 @@ class Measuring:
         self.asked, self.setting, self.deadline, self.progress = asked, setting, deadline, progress
         self.hashes = hash_parts(folder, name)
         parts = [self.hashes["subgraph"], vars(setting), asked.tokens, engine.options.run_limit, list(documents)]
-        self.losses = _read_losses(folder / name, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+        self.table = setting.path(folder / name).with_suffix(".safetensors")
+        self.losses = _read_losses(self.table, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
     def run(self) -> bool:
         """Measure what is missing; False if time was up before that."""
@@ -203,7 +204,7 @@ class Measuring:
             ]
             for i, ran in zip(some, run_texts(self.engine, requests), strict=True):
                 self.losses.add(i, temperature, threshold, ran.tokens, ran.unverified, ran.divergent)
-            self.losses.save(self.folder / self.name)
+            self.losses.save(self.table)
         return True
 
     def certify(self) -> Certificate:
@@ -217,13 +218,11 @@ class Measuring:
                 chosen = {"threshold": choice.threshold, "why": choice.why}
                 levels.append(Level(temperature=temperature, risk=risk, delta=DELTA, **chosen))
             tested += [self._describe(temperature, threshold) for threshold in thresholds if n]
-        runner = self.engine.runner
         certificate = Certificate(
             class_name=self.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             **self.hashes,
             **vars(self.setting),
-            isa=runner.isa,
             processor=name_processor(self.asked.placement.device),
             tokens=self.asked.tokens,
             run_limit=self.engine.options.run_limit,
@@ -246,10 +245,10 @@ class Measuring:
         )
 
 
-def _read_losses(folder: Path, key: str) -> Losses:
+def _read_losses(path: Path, key: str) -> Losses:
     """The table to go on with; an empty one where there is none of the same key."""
     try:
-        losses = Losses.load(folder)
+        losses = Losses.load(path)
     except ValueError:
         return Losses(key)
     return losses if losses.key == key else Losses(key)

@@ -1,7 +1,8 @@
-"""A certificate on disk: `routed.json` beside a subgraph, which thresholds keep which risk, and what that holds for.
+"""A certificate on disk, in the folder `routed` of a subgraph: which thresholds keep which risk, and what it holds for.
 
-It is valid for one subgraph and classifier, known by the hashes of their files, and for the runner and the format of
-the full model that it was measured with. Anything else makes it void: nothing is promised then.
+It is valid for one subgraph and classifier, known by the hashes of their files, and for the runner, the instruction set
+and the format of the full model that it was measured with: kernels of another set round in another order, and a text
+may go another way. Each such setting has a certificate of its own. Where none is valid nothing is promised.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from strace.files import write_beside
 from strace.subgraph import MANIFEST
 
 logger = logging.getLogger(__name__)
-CERTIFICATE = "routed.json"
+FOLDER = "routed"
 
 
 class _Record(BaseModel):
@@ -52,14 +53,23 @@ class Tested(_Record):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a certificate is valid for, beside its subgraph: `native` or `torch`, and the format of the full model."""
+    """What a certificate is valid for, beside its subgraph: `native` or `torch`, the instruction set of its kernels,
+    and the format of the full model."""
 
     runner: str
+    isa: str
     dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.runner}-{self.isa}-{self.dtype}".lower().replace(" ", "")
+
+    def path(self, folder: Path) -> Path:
+        """The certificate of this setting in a subgraph's folder."""
+        return folder / FOLDER / f"{self}.json"
 
 
 class Certificate(_Record):
-    """All that `routed.json` says.
+    """All that it says.
 
     subgraph, classifier: SHA-256 of `subgraph.json` and `classifier.json`, which have the hashes of the tensors, the
     base model and the tokenizer. tokens: most tokens of a measured text. run_limit: most tokens emitted unverified in a
@@ -72,8 +82,8 @@ class Certificate(_Record):
     subgraph: str
     classifier: str
     runner: str
-    dtype: str
     isa: str
+    dtype: str
     processor: str
     tokens: int = Field(ge=1)
     run_limit: int
@@ -92,8 +102,10 @@ class Certificate(_Record):
         return sorted({level.temperature for level in self.levels if level.threshold is not None})
 
     def save(self, folder: Path) -> None:
-        """Write `routed.json` into `folder`."""
-        write_beside(folder / CERTIFICATE, self.model_dump_json(by_alias=True, indent=1) + "\n")
+        """Write it into a subgraph's folder."""
+        path = Setting(self.runner, self.isa, self.dtype).path(folder)
+        path.parent.mkdir(exist_ok=True)
+        write_beside(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
 
 
 def hash_parts(folder: Path, name: str) -> dict[str, str]:
@@ -103,11 +115,15 @@ def hash_parts(folder: Path, name: str) -> dict[str, str]:
 
 
 def load_certificates(folder: Path, names: Iterable[str], setting: Setting) -> dict[str, Certificate]:
-    """The certificates in force, by class. One that is void is left out, with a warning that says why."""
+    """The certificates in force, by class. One that is void is left out, with a warning that says why; so is a class
+    that has certificates of other settings only."""
     found: dict[str, Certificate] = {}
+    elsewhere: dict[str, list[str]] = {}
     for name in names:
-        path = folder / name / CERTIFICATE
+        path = setting.path(folder / name)
         if not path.exists():
+            if others := sorted(other.stem for other in path.parent.glob("*.json")):
+                elsewhere[name] = others
             continue
         try:
             certificate = Certificate.model_validate(json.loads(path.read_text(encoding="utf-8")))
@@ -121,6 +137,12 @@ def load_certificates(folder: Path, names: Iterable[str], setting: Setting) -> d
             found[name] = certificate
         else:
             logger.warning("%s is ignored, routed promises nothing for class %r: %s", path, name, why)
+    if elsewhere:
+        others = ", ".join(sorted(set().union(*elsewhere.values())))
+        logger.warning(
+            "routed promises nothing for class %s: served is %s, certified %s; `strace-llm certify` certifies it here",
+            ", ".join(map(repr, elsewhere)), setting, others,
+        )  # fmt: skip
     return found
 
 
@@ -131,7 +153,7 @@ def find_void(certificate: Certificate, folder: Path, name: str, setting: Settin
     for part, hash in hash_parts(folder, name).items():
         if getattr(certificate, part) != hash:
             return f"the {part} has been made anew since; run `strace-llm certify` again"
-    for part in ("runner", "dtype"):
+    for part in ("runner", "isa", "dtype"):
         if (own := getattr(certificate, part)) != (served := getattr(setting, part)):
             return f"it was measured with {part} {own}, served is {served}"
     return None

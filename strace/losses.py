@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 
 from strace.files import file_beside
 
-TABLE = "routed.safetensors"
 THRESHOLDS = (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.0)
 """Strictest first, and the same for every model: fixed before anything is measured."""
 
@@ -68,24 +67,25 @@ class Losses:
         """float64 [documents, thresholds]: losses of thresholds that were measured to their end."""
         return np.stack([self.at(temperature, threshold).loss for threshold in thresholds], 1)
 
-    def save(self, folder: Path) -> None:
-        """Write `routed.safetensors` into `folder`."""
-        with file_beside(folder / TABLE) as beside:
+    def save(self, path: Path) -> None:
+        """Write the table."""
+        path.parent.mkdir(exist_ok=True)
+        with file_beside(path) as beside:
             save_file({name: getattr(self, name) for name in _COLUMNS}, beside, {"key": json.dumps(self.key)})
 
     @classmethod
-    def load(cls, folder: Path) -> Losses:
-        """Read `routed.safetensors` of `folder`.
+    def load(cls, path: Path) -> Losses:
+        """Read what `save` wrote.
 
         Raises:
             ValueError: if it is missing or cannot be read.
         """
         try:
-            with safe_open(folder / TABLE, framework="numpy") as stored:
+            with safe_open(path, framework="numpy") as stored:
                 key = json.loads((stored.metadata() or {})["key"])
                 return cls(key, *(stored.get_tensor(name) for name in _COLUMNS))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"cannot read the table {folder / TABLE}: {error}") from error
+            raise ValueError(f"cannot read the table {path}: {error}") from error
 
 
 _COLUMNS = [f.name for f in fields(Losses) if f.name != "key"]

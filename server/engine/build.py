@@ -78,7 +78,7 @@ def build_engine(
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
     blocks = count_blocks(full, where.kv_memory, options.max_running)
     runner = make_runner({FULL: full, **drafts}, blocks, where.runner, where.compile)
-    certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype))
+    certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, runner.isa, dtype))
     classes, limits = tuple(drafts), Limits(full.spec.context, full.spec.vocabulary)
     del full, drafts  # the native runner has packed them
     give_back()
@@ -140,7 +140,7 @@ def reload_drafts(
             cost if table is None else make_model(table.costs),
             None if folder is None else Classifier.load(folder, again.tokenizer_hash),
             {} if folder is None else list_unpaying(folder),
-            {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, dtype)),
+            {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, runner.isa, dtype)),
         )
     )
 

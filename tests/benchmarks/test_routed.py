@@ -52,13 +52,13 @@ def test_where_texts_part() -> None:
 
 
 def test_resampled(tmp_path: Path) -> None:
-    losses = Losses("key")
+    table, losses = tmp_path / "losses.safetensors", Losses("key")
     for threshold, loss in zip(THRESHOLDS, (0, 1, *[9] * 10), strict=True):
         for document in range(200):
             losses.add(document, 1.0, threshold, 100, 10, loss if document % 2 else 0)
-    losses.save(tmp_path)
+    losses.save(table)
     certificate = make_certificate(thresholds={0.02: 0.95, 0.05: None}, temperatures=(1.0,))
-    rows = routed.resample(tmp_path, certificate, 1.0)
+    rows = routed.resample(table, certificate, 1.0)
     assert [row["risk"] for row in rows] == [0.02, 0.05]
     assert all(row["n"] == 200 and row["kept"] and row["broken"] <= row["allowed"] for row in rows)
-    assert routed.resample(tmp_path, certificate, 0.0) == []
+    assert routed.resample(table, certificate, 0.0) == []

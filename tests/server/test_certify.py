@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from server import certify as certifying
@@ -16,11 +18,11 @@ from server.cli import app
 from server.engine.build import Placement, build_engine
 from server.engine.cost import CostModel
 from server.engine.request import Mode
-from strace.certificate import CERTIFICATE
+from strace.certificate import Setting
 from strace.checkpoint import open_checkpoint
 from strace.classes import BadPrompts, read_prompts, split_classes
 from strace.classifier import fit_classifier
-from strace.losses import TABLE, Losses
+from strace.losses import Losses
 from strace.subgraph import read_manifest
 from strace.trace import gather_material
 from tests.server.engine.harness import decode, make_engine, make_request
@@ -62,6 +64,13 @@ def asked(tmp_path: Path) -> Asked:
     return Asked(model, folder.parent, prompts, (), (0.0,), TOKENS, placement=WHERE)
 
 
+def find_table(asked: Asked) -> Path:
+    """Where `certify` keeps what it measured."""
+    assert asked.subgraphs is not None
+    setting = Setting("torch", torch.backends.cpu.get_cpu_capability(), "bf16")
+    return setting.path(asked.subgraphs / "code").with_suffix(".safetensors")
+
+
 def test_measured_certified_and_served(asked: Asked) -> None:
     assert asked.subgraphs is not None
     heard: list[tuple[str, float]] = []
@@ -71,7 +80,7 @@ def test_measured_certified_and_served(asked: Asked) -> None:
     assert heard[0] == ("code, T 0, threshold 1", 0.0)
     certificate = found["code"]
     assert certificate.prompts == 24
-    losses = Losses.load(asked.subgraphs / "code")
+    losses = Losses.load(find_table(asked))
     assert losses.unverified[losses.threshold == 1].sum() == 0
     assert losses.unverified[losses.threshold == 0].sum() > 0
     strictest = certificate.tested[0]
@@ -94,8 +103,7 @@ def test_measured_certified_and_served(asked: Asked) -> None:
 def test_it_goes_on_where_time_was_up(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.subgraphs is not None
     whole, _ = certify(asked)
-    for name in (TABLE, CERTIFICATE):
-        (asked.subgraphs / "code" / name).unlink()
+    shutil.rmtree(find_table(asked).parent)
     cut, done = certify(replace(asked, seconds=0.0))
     assert not done
     assert {level.threshold for level in cut["code"].levels} == {None}
@@ -111,7 +119,7 @@ def test_it_goes_on_where_time_was_up(asked: Asked, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(certifying, "run_texts", run)
     with pytest.raises(KeyboardInterrupt):
         certify(asked)
-    assert len(Losses.load(asked.subgraphs / "code").document) == 15
+    assert len(Losses.load(find_table(asked)).document) == 15
     monkeypatch.setattr(certifying, "run_texts", lambda e, r: ran.append(len(r)) or run_texts(e, r))
     again, done = certify(asked)
     assert done

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strace import classifier
-from strace.certificate import CERTIFICATE, Certificate, Level, Setting, hash_parts, load_certificates
+from strace.certificate import Certificate, Level, Setting, hash_parts, load_certificates
 from strace.subgraph import MANIFEST
 
-SETTING = Setting("native", "bf16")
+SETTING = Setting("native", "avx2", "bf16")
+PLACE = "routed/native-avx2-bf16.json"
 
 
 def make_certificate(
@@ -29,11 +30,10 @@ def make_certificate(
     levels = [
         Level(temperature=at, risk=r, delta=0.05, threshold=t, why="") for at in temperatures for r, t in given.items()
     ]
-    settings = {"subgraph": "", "classifier": "", "runner": "native", "dtype": "bf16"} | other
+    settings = {"subgraph": "", "classifier": "", "runner": "native", "isa": "avx2", "dtype": "bf16"} | other
     return Certificate(
         class_name=name,
         created="2026-01-01T00:00:00+00:00",
-        isa="",
         processor="",
         tokens=tokens,
         run_limit=32,
@@ -62,7 +62,7 @@ def test_in_force(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def edit(**changes: object) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        path = folder / "code" / CERTIFICATE
+        path = folder / "code" / PLACE
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return apply
@@ -78,14 +78,15 @@ def write(name: str, content: str) -> Callable[[Path], None]:
         (write(f"code/{MANIFEST}", '{"traced": "again"}'), "the subgraph has been made anew"),
         (write(classifier.MANIFEST, '{"fitted": "again"}'), "the classifier has been made anew"),
         (edit(runner="torch"), "measured with runner torch, served is native"),
+        (edit(isa="avx512amx"), "measured with isa avx512amx, served is avx2"),
         (edit(dtype="int8"), "measured with dtype int8, served is bf16"),
         (edit(**{"class": "math"}), "of the class 'math'"),
         (edit(schema_version=2), "schema_version"),
         (edit(levels=[{}]), "levels"),
         (edit(tokens=0), "tokens"),
         (edit(luck=1), "luck"),
-        (write(f"code/{CERTIFICATE}", "{"), "cannot be read"),
-        (write(f"code/{CERTIFICATE}", "[]"), "valid"),
+        (write(f"code/{PLACE}", "{"), "cannot be read"),
+        (write(f"code/{PLACE}", "[]"), "valid"),
     ],
 )
 def test_void(folder: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], why: str) -> None:
@@ -93,7 +94,23 @@ def test_void(folder: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[
     assert load_certificates(folder, ["code"], SETTING) == {}
     (record,) = caplog.records
     assert why in record.getMessage()
-    assert str(folder / "code" / CERTIFICATE) in record.getMessage()
+    assert str(folder / "code" / PLACE) in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Setting("native", "avx512amx", "bf16"), Setting("torch", "avx2", "bf16"), Setting("native", "avx2", "fp32")],
+)
+def test_each_setting_has_a_certificate_of_its_own(
+    folder: Path, caplog: pytest.LogCaptureFixture, other: Setting
+) -> None:
+    """What was measured on one instruction set says nothing of another, whose kernels round in another order."""
+    assert load_certificates(folder, ["code", "pooled"], other) == {}
+    (record,) = caplog.records
+    assert f"nothing for class 'code': served is {other}, certified native-avx2-bf16" in record.getMessage()
+    make_certificate(thresholds={0.01: 0.5}, **hash_parts(folder, "code"), **vars(other)).save(folder / "code")
+    for setting, risk in ((other, 0.01), (SETTING, 0.02)):
+        assert load_certificates(folder, ["code"], setting)["code"].levels[0].risk == risk
 
 
 @given(st.floats(0.001, 0.999))
