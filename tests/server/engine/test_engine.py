@@ -200,7 +200,7 @@ def test_each_turn_of_a_conversation_is_classified() -> None:
     known = {name: draw(rng, low, 40) for name, low in (("lame", 40), ("stranger", 80))}
     engine = make_engine(chooser=fit_classifier(known, known, VOCABULARY))
     (_, first), (_, second) = draw(rng, 40, 1, length=120)[0], draw(rng, 80, 1, length=LATE)[0]
-    turns = [first, [*first, *second]]
+    turns = [[*first], [*first, *second]]
     got = [decode(engine, make_request(turn, max_tokens=4, class_name=None))[0] for turn in turns]
     assert [g.ran.class_name for g in got] == ["lame", "stranger"]
 
