@@ -19,6 +19,16 @@ inline __m512i broadcast(const uint8_t *four) {
   return _mm512_set1_epi32(value);
 }
 
+// With many tokens arithmetic takes so long that the processor does not look far enough ahead for the next weights by
+// itself; with few it does, and asking costs more than it brings.
+constexpr int AHEAD = 4096;
+
+template <bool WANTED>
+inline void fetch_ahead(const uint8_t *weights) {
+  if (WANTED)
+    for (int v = 0; v < VECTORS; v++) _mm_prefetch(weights + AHEAD + 64 * v, _MM_HINT_T0);
+}
+
 template <int T>
 inline void load_sums(const float *sums, __m512 (&into)[T][VECTORS]) {
   for (int t = 0; t < T; t++)
@@ -32,7 +42,7 @@ inline void store_sums(const __m512 (&from)[T][VECTORS], float *sums) {
 }
 
 struct Fp32 : Stateless {
-  static constexpr int FORMAT = ST_FP32, TOKENS = 8, STEPS = 32;
+  static constexpr int FORMAT = ST_FP32, TOKENS = 12, STEPS = 32;
   static constexpr size_t ACTIVATION_BYTES = 4 * STEPS;
 
   static void prepare(const float *x, void *out) { memcpy(out, x, ACTIVATION_BYTES); }
@@ -44,7 +54,7 @@ struct Fp32 : Stateless {
 };
 
 struct Bf16 : Stateless {
-  static constexpr int FORMAT = ST_BF16, TOKENS = 8, STEPS = 16;
+  static constexpr int FORMAT = ST_BF16, TOKENS = 12, STEPS = 16;
   static constexpr size_t ACTIVATION_BYTES = 4 * STEPS;
 
   static void prepare(const float *x, void *out) {
@@ -65,6 +75,7 @@ inline void add_dense(const uint8_t *weights, const uint8_t *x, size_t stride, i
   for (int step = 0; step < groups * Dense::STEPS; step++, weights += STEP_BYTES, x += 4) {
     __m512i w[VECTORS];
     for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(weights + 64 * v);
+    fetch_ahead<(T > 4)>(weights);
     for (int t = 0; t < T; t++) {
       __m512i one = broadcast(x + t * stride);
       for (int v = 0; v < VECTORS; v++) sum[t][v] = Dense::dot(sum[t][v], w[v], one);
@@ -124,7 +135,7 @@ inline void add_step(const __m512i (&weights)[VECTORS], const uint8_t *x, size_t
 }
 
 struct Int8 : Stateless {
-  static constexpr int FORMAT = ST_INT8, TOKENS = 6;
+  static constexpr int FORMAT = ST_INT8, TOKENS = 8;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
 
   static void prepare(const float *x, void *out) { prepare_codes(x, INT8_OFFSET, out); }
@@ -140,6 +151,7 @@ struct Int8 : Stateless {
       for (int step = 0; step < 8; step++) {
         __m512i w[VECTORS];
         for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(weights + step * STEP_BYTES + 64 * v);
+        fetch_ahead<(T > 3)>(weights + step * STEP_BYTES);
         add_step(w, x, stride, step, exact);
       }
       for (int t = 0; t < T; t++) {
@@ -152,7 +164,7 @@ struct Int8 : Stateless {
 };
 
 struct Int4 : Stateless {
-  static constexpr int FORMAT = ST_INT4, TOKENS = 6;
+  static constexpr int FORMAT = ST_INT4, TOKENS = 8;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Codes);
 
   static void prepare(const float *x, void *out) { prepare_codes(x, INT4_OFFSET, out); }
@@ -173,6 +185,7 @@ struct Int4 : Stateless {
 #pragma GCC unroll 4
       for (int pair = 0; pair < 4; pair++) {
         __m512i even[VECTORS], odd[VECTORS];
+        fetch_ahead<(T > 3)>(weights + INT4_SCALE_BYTES + pair * STEP_BYTES);
         for (int v = 0; v < VECTORS; v++) {
           __m512i both = _mm512_loadu_si512(weights + INT4_SCALE_BYTES + pair * STEP_BYTES + 64 * v);
           even[v] = _mm512_and_si512(both, low_half);

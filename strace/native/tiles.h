@@ -31,7 +31,7 @@ struct Stateless {
   };
 };
 
-constexpr int BLOCK_GROUPS = 16;  // inputs whose weights stay in the L1 cache while tiles of tokens pass over them
+constexpr int BLOCK_GROUPS = 8;   // inputs whose weights stay in the L1 cache while tiles of tokens pass over them
 constexpr int BLOCK_TOKENS = 64;  // tokens whose sums stay there
 
 template <class Format, int... Minus>
