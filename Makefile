@@ -50,10 +50,11 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,lint]'
 	touch $@
 
-# llama.cpp is compiled for this machine. optimum-intel's torchvision is of no use to a language model.
+# llama.cpp is compiled for this machine; GCC 12.2 drops the stores of ldtilecfg's configuration as dead, and a machine with
+# AMX then dies in it (llama.cpp PR #26954). optimum-intel's torchvision is of no use to a language model.
 $(PEERS): constraints-peers.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .venv-peers/bin/python -m pip install -c constraints-peers.txt \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS=-fno-tree-dse" .venv-peers/bin/python -m pip install -c constraints-peers.txt \
 		--no-binary llama-cpp-python llama-cpp-python gguf torch optimum-intel openvino nncf
 	.venv-peers/bin/python -m pip uninstall -y torchvision
 	touch $@
