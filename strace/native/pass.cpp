@@ -117,7 +117,8 @@ void Pass::each(int count, Piece &&piece) {
 
 void Pass::multiply(const st_matrix &matrix, int count, float *y, size_t stride) {
   const int64_t all = panels(matrix), bytes = panel_bytes(matrix.format, matrix.columns) * all;
-  const int64_t pieces = std::min(all, std::max<int64_t>(pool_.threads(), bytes / PIECE_BYTES));
+  const int64_t rounds = std::max<int64_t>(1, bytes / (PIECE_BYTES * pool_.threads()));
+  const int64_t pieces = std::min(all, rounds * pool_.threads());  // as many for each thread, for they are about equal
   pool_.share(static_cast<int>(pieces), [&](int i, int) {
     const int64_t first = all * i / pieces, last = all * (i + 1) / pieces;
     kernels_.multiply(matrix, activations_, count, static_cast<int>(first), static_cast<int>(last), y, stride);

@@ -75,11 +75,17 @@ inline void store(Float x, float *y) { std::memcpy(y, &x, sizeof x); }
 
 inline Float load(const uint16_t *x) {
   Float r;
+#if defined(__AVX512F__)
+  // GCC 12 takes the vector apart in the loop below, and puts it together again.
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
+  r.part[0] = (Native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
   for (int i = 0; i < PARTS; ++i) {
     Half half;
     std::memcpy(&half, x + i * WIDTH, sizeof half);
     r.part[i] = (Native)(__builtin_convertvector(half, Integer) << 16);
   }
+#endif
   return r;
 }
 
