@@ -38,6 +38,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
+def run_from(wheel: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as the wheel has it, in a folder of its own."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    start = "import sys; from server.cli import main; sys.exit(main())"
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", start, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+
+
 def files_of(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -72,6 +82,17 @@ def test_without_a_compiler_all_but_the_library_is_installed(tmp_path: Path) -> 
     wheel = build_wheel(tmp_path, CXX=str(tmp_path / "no-compiler"))
     assert files_of(wheel) == expected_files()
     assert wheel.name.endswith("py3-none-any.whl")
+    ran = run_from(wheel, tmp_path / "installed", "generate", "Once upon", "--max-tokens", "2")
+    said = [line for line in ran.stderr.splitlines() if "torch serves" in line]
+    assert len(said) == 1, ran.stderr
+    assert "native runner not built" in said[0]
+    assert ran.stdout.strip()
+
+
+def test_what_the_wheel_holds_decodes_with_its_native_runner(wheel: Path, tmp_path: Path) -> None:
+    ran = run_from(wheel, tmp_path, "generate", "Once upon", "--max-tokens", "2")
+    assert ran.stdout.strip()
+    assert "torch serves" not in ran.stderr
 
 
 def test_wheel_is_within_its_size(wheel: Path) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strace import native
-from strace.linear import DENSE, FORMATS, Codes, quantise, round_activations
-from strace.native_runner import NativeRunner, Weights
+from strace.linear import _PIECE, DENSE, FORMATS, Codes, quantise, round_activations
+from strace.native_runner import _PIECE_ROWS, NativeRunner, Weights
 from tests.strace.native.passes import load_tiny, make_native
 
 GROUP = 32
@@ -28,9 +28,9 @@ def runner() -> NativeRunner:
     return make_native({"full": load_tiny()})
 
 
-def multiply(weight: Tensor | Codes, bias: Tensor | None, x: Tensor) -> Tensor:
-    """float32 [tokens, rows], by the library."""
-    weights = Weights([weight])
+def multiply(weight: Tensor | Codes, bias: Tensor | None, x: Tensor, threads: int = 1) -> Tensor:
+    """float32 [tokens, rows], by the library, of weights packed by so many threads."""
+    weights = Weights([weight], threads)
     rows = (weight.codes if isinstance(weight, Codes) else weight).shape[0]
     y = torch.full((len(x), rows), torch.nan)
     matrix = weights.matrix(weight, bias)
@@ -62,6 +62,22 @@ def test_products_equal_those_in_float64(product: tuple[str, Tensor | Codes, Ten
     allowed = ROUNDING * (rounded.abs() @ dense.abs().T + (0 if bias is None else bias.double().abs()))
     found = multiply(weight, bias, x).double()
     assert ((found - wanted).abs() <= allowed).all(), f"{format}: {((found - wanted).abs() / allowed).max()}"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_matrix_of_several_pieces(format: str) -> None:
+    """More rows than are packed at once, and more weights than are quantised at once."""
+    rows, columns = 2 * _PIECE_ROWS + 33, 9 * GROUP
+    assert rows * columns > _PIECE
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    weight = dense.to(DENSE[format]) if format in DENSE else quantise(dense, format)
+    if isinstance(weight, Codes):
+        last = quantise(dense[-50:], format)
+        assert torch.equal(weight.codes[-50:], last.codes)
+        assert torch.equal(weight.scales[-50:], last.scales)
+    one = torch.eye(columns)[:3] * 127  # which int8 activations hold exactly
+    wanted = 127 * (weight.dense() if isinstance(weight, Codes) else weight.float())[:, :3].T
+    assert torch.allclose(multiply(weight, None, one, threads=2), wanted, rtol=1e-6)
 
 
 @given(products(), st.data())
