@@ -294,7 +294,7 @@ def draw_entropy(axes: Axes, study: Study) -> None:
 def draw_densities(axes: Axes, study: Study) -> None:
     """How densities are spread over prompts."""
     known = study.density[np.isfinite(study.density)]
-    axes.hist(known, bins=np.linspace(0, 1, 21), color=COLOURS["trace"], alpha=0.8)
+    axes.hist(known, bins=np.linspace(0, 1, 21).tolist(), color=COLOURS["trace"], alpha=0.8)
     axes.set_xlabel("density (mean TV over log size)")
     axes.set_ylabel("prompts")
 
@@ -355,7 +355,7 @@ def draw_presence(axes: Axes, study: Study) -> None:
 def _add_scale(axes: Axes, shown: Any) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.colorbar(shown, ax=axes).outline.set_visible(False)  # type: ignore[operator]
+    figure.colorbar(shown, ax=axes).outline.set_visible(False)
 
 
 def presence_grid(study: Study, at: int) -> Doubles:
@@ -436,11 +436,11 @@ def draw_spreads(axes: Axes, studies: Sequence[Study]) -> None:
 
 def draw_pair(axes: Axes, one: Study, other: Study) -> None:
     """Density in one model against density in another, of the prompts of both."""
-    pairs = shared_densities(one, other)
-    axes.scatter(*pairs, s=26, color=COLOURS["trace"], alpha=0.65, linewidth=0)
+    x, y = shared_densities(one, other)
+    axes.scatter(x, y, s=26, color=COLOURS["trace"], alpha=0.65, linewidth=0)
     axes.set_xlabel(f"density in {one.name}")
     axes.set_ylabel(f"density in {other.name}")
-    axes.set_title(f"Spearman {say_correlation(spearman(*pairs))}")
+    axes.set_title(f"Spearman {say_correlation(spearman(x, y))}")
 
 
 def shared_densities(one: Study, other: Study) -> Doubles:
