@@ -5,6 +5,7 @@
 | l1 | `|z_e|_1`, the paper's |
 | ifr | `max(|x_v|_1 - |x_v - z_e|_1, 0)`, the proximity of Information Flow Routes (arXiv:2403.00824) |
 | random | nothing of the model: one uniform number per edge, and no division |
+| flow | l1's, divided, times the flow that reaches v from the output: what all paths through e carry together |
 
 An output projection's bias reaches its node whatever edges are cut, so it has no weight.
 """
@@ -23,7 +24,7 @@ from strace.edges import attention_pattern, scale_rows, split_targets, target_sc
 from strace.extract import EdgeWeights, Floats, Step, pairs
 from strace.families import Spec
 
-MEASURES = ("l1", "ifr", "random")
+MEASURES = ("l1", "ifr", "random", "flow")
 _CHUNK = 1 << 22  # elements of [heads, targets, sources], or for `ifr` [targets, sources, hidden], held at once
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -31,7 +32,7 @@ _TINY = torch.finfo(torch.float32).tiny
 def weigh_edges(decoder: Decoder, tokens: Tensor, measure: str = "l1", seed: int = 0) -> EdgeWeights:
     """All edge weights of int64 `tokens` [T] by one of `MEASURES`, float32 in host memory; those into a node sum to 1
     (`l1`, `ifr`). On the device only a few targets' patterns are held at a time, so that memory beside the weights
-    grows with T, not its square.
+    grows with T, not its square. Those of `flow` sum to 1 over each step instead.
 
     Raises:
         ValueError: for an unknown measure or an empty prompt.
@@ -42,6 +43,8 @@ def weigh_edges(decoder: Decoder, tokens: Tensor, measure: str = "l1", seed: int
         raise ValueError("an empty prompt has no edges")
     if measure == "random":
         return draw_weights(decoder.spec, len(tokens), seed)
+    if measure == "flow":
+        return carry_flow(_measure(decoder, tokens.to(decoder.embed.device), "l1"))
     return _measure(decoder, tokens.to(decoder.embed.device), measure)
 
 
@@ -212,3 +215,28 @@ def draw_weights(spec: Spec, tokens: int, seed: int | Sequence[int] = 0) -> Edge
         else:
             steps += [Step(l, residual, attention), Step(l, draw(tokens), mlp=draw(tokens))]
     return EdgeWeights(tuple(steps), tokens)
+
+
+def carry_flow(weights: EdgeWeights) -> EdgeWeights:
+    """The same edges by the share of the output that passes them: 1 starts at the output node and divides by the
+    weights into each node, so that an edge holds the sum over all paths through it of the products of their weights.
+
+    The paper grows traces by local weights, which know no distance from the output; these are held against them.
+    """
+    rows, columns = pairs(weights.tokens)
+    flow = np.zeros(weights.tokens)
+    flow[-1] = 1
+    steps: list[Step] = []
+    for step in reversed(weights.steps):
+        residual, attention, mlp = flow * step.residual, None, None
+        below = residual.copy()
+        if step.mlp is not None:
+            mlp = (flow * step.mlp).astype(np.float32)
+            below += mlp
+        if step.attention is not None:
+            attention = np.maximum(step.attention, 0) * flow[rows].astype(np.float32)
+            below += np.bincount(columns, attention.sum(0, dtype=np.float64), weights.tokens)
+            attention[np.isneginf(step.attention)] = -np.inf  # outside a sliding window there is no edge
+        steps.append(Step(step.layer, residual.astype(np.float32), attention, mlp))
+        flow = below
+    return EdgeWeights(tuple(reversed(steps)), weights.tokens)

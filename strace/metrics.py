@@ -6,7 +6,7 @@ Distributions are probabilities over the vocabulary at the last position.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 NUCLEI = (1, 5, 10, 20, 40, 60, 80, 90, 99)  # percent
 CONFIDENCE = 0.95
 Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -70,6 +71,61 @@ def spearman(x: ArrayLike, y: ArrayLike) -> Correlation:
     error = math.sqrt((1 + rho**2 / 2) / (n - 3)) * norm.ppf(0.5 + CONFIDENCE / 2)
     centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
     return Correlation(rho, math.tanh(centre - error), math.tanh(centre + error), n)
+
+
+def rank_residuals(x: ArrayLike, within: Sequence[Hashable], *beside: ArrayLike) -> Doubles:
+    """The ranks of x less what the groups `within` and the ranks of `beside` explain linearly: correlated with another
+    variable's, a partial rank correlation."""
+    groups = {group: i for i, group in enumerate(dict.fromkeys(within))}
+    dummies = np.eye(len(groups))[[groups[group] for group in within]]
+    basis = np.concatenate([dummies, np.stack([rankdata(y) for y in beside], 1)], 1) if beside else dummies
+    ranks = rankdata(x)
+    left: Doubles = ranks - basis @ np.linalg.lstsq(basis, ranks)[0]
+    return left
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its bootstrap interval; n prompts in `groups` groups that were drawn whole."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Prompts drawn anew with replacement, a group of them at a time (their source), from each stratum (their class) as
+    many groups as it has: prompts of one source are alike, and classes are as many as they were made."""
+
+    n: int
+    groups: int
+    draws: tuple[Integers, ...]
+
+    def estimate(self, statistic: Callable[[Integers], float]) -> Estimate:
+        """`statistic` of the numbers of all prompts, with the 95 % percentile interval over the draws."""
+        found = np.array([statistic(draw) for draw in self.draws])
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.nanquantile(found, [tail, 1 - tail]) if np.isfinite(found).any() else (math.nan, math.nan)
+        return Estimate(float(statistic(np.arange(self.n))), float(low), float(high), self.n, self.groups)
+
+
+def draw_bootstrap(
+    groups: Sequence[Hashable], strata: Sequence[Hashable], draws: int = 1000, seed: int = 0
+) -> Bootstrap:
+    """`draws` samples of len(groups) or so prompts; a group lies in one stratum."""
+    members: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for i, (group, stratum) in enumerate(zip(groups, strata, strict=True)):
+        members.setdefault(stratum, {}).setdefault(group, []).append(i)
+    generator = np.random.default_rng(seed)
+    pools = [[np.array(some) for some in pool.values()] for pool in members.values()]
+    made = [
+        np.concatenate([pool[k] for pool in pools for k in generator.integers(len(pool), size=len(pool))])
+        for _ in range(draws)
+    ]
+    return Bootstrap(len(groups), sum(map(len, pools)), tuple(made))
 
 
 def unigram_correlation(p: Tensor, counts: Tensor) -> list[float]:

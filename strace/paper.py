@@ -21,7 +21,9 @@ app = typer.Typer()
 # `strace.report` and `strace.show` are imported by the commands that need them: they bring matplotlib, which would slow
 # the start of every other command.
 
-_IMPORTANCE = "What an edge weighs: `l1` (the paper's), `ifr` (Information Flow Routes) or `random`."
+_IMPORTANCE = (
+    "What an edge weighs: `l1` (the paper's), `ifr` (Information Flow Routes), `flow` (path products) or `random`."
+)
 _FORMAT = "Of the weights and products: fp32 or bf16. Edge weights and the stream are float32 in both."
 
 

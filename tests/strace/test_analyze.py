@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 from strace import analyze
-from strace.ablate import CONTROLS
+from strace.ablate import CONTROLS, Selection, Selections, run_masked
 from strace.analyze import (
     MANIFEST,
     PARTS,
@@ -32,8 +32,9 @@ from strace.analyze import (
     read_texts,
     write_rows,
 )
-from strace.extract import count_edges
-from strace.metrics import entropy
+from strace.extract import Traces, count_edges
+from strace.importance import draw_weights, weigh_edges
+from strace.metrics import entropy, ordered_nucleus
 from strace.paper import app
 from tests.tiny import VARIANTS, save_tiny, save_variant
 
@@ -137,6 +138,35 @@ def test_every_family_is_analyzed(tmp_path: Path, variant: str) -> None:
         assert max(whole["trace"].tv, whole["random"].tv) < 1e-4
         assert whole["inverse"].edges == 0
         assert part.rows[0].tv > 1e-3
+
+
+def test_a_row_says_what_its_masked_run_gives(done: Options) -> None:
+    """Every control's TV, likeliest token and nucleus, from edge sets made here and run one at a time."""
+    analyst, part = Analyst(done), read_parts(done.output)[1]
+    tokens, spec = analyst.tokens[1], analyst.checkpoint.spec
+    traces = Traces(weigh_edges(analyst.decoder, tokens))
+    random = Traces(draw_weights(spec, len(tokens), (1, done.seed, 1)))
+    p = run_masked(analyst.decoder, tokens, None).logits[0].softmax(-1)
+    agreeing = set()
+    for i, row in enumerate(part.rows):
+        count = part.counts[i % len(SIZES)]
+        q = run_masked(
+            analyst.decoder, tokens, Selections(traces, random, [Selection(row.control, count)])
+        ).logits.softmax(-1)
+        assert row.tv == pytest.approx(float((p - q[0]).abs().sum() / 2), abs=1e-4)
+        assert row.top1 == (int(p.argmax()) == int(q[0].argmax()))
+        assert row.nucleus == ordered_nucleus(p, q)[0]
+        agreeing.add(row.top1)
+    assert agreeing == {True, False}
+
+
+def test_the_corpus_is_counted_token_by_token(done: Options, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("aab\nca\n")
+    counts = Analyst(replace(done, unigrams=corpus, output=tmp_path / "out")).corpus
+    ids = Analyst(done).checkpoint.tokenizer("abc")["input_ids"]
+    assert counts[ids].tolist() == [3, 1, 1]
+    assert int(counts.sum()) == 5
 
 
 def test_rows_are_one_json_object_per_masked_run(done: Options) -> None:

@@ -15,11 +15,13 @@ from strace.metrics import (
     NUCLEI,
     cka,
     cosine,
+    draw_bootstrap,
     entropy,
     fit_phases,
     gini,
     lorenz,
     ordered_nucleus,
+    rank_residuals,
     relative_distance,
     spearman,
     split_quarters,
@@ -136,3 +138,51 @@ def test_phases_of_a_line_in_three_pieces_are_found() -> None:
     assert phases.slopes == pytest.approx((0, -0.3, -0.2))
     assert phases.error < 1e-9
     assert fit_phases(sizes[:5], [1] * 5) is None
+
+
+def test_partial_ranks_leave_out_what_stands_between() -> None:
+    generator = np.random.default_rng(0)
+    length, group = generator.normal(size=400), generator.integers(3, size=400)
+    x, y = (length + 4 * group + generator.normal(size=400) for _ in range(2))
+    assert spearman(x, y).rho > 0.8
+    mine, theirs = (rank_residuals(z, group.tolist(), length) for z in (x, y))
+    assert abs(spearman(mine, theirs).rho) < 0.12
+    both = generator.normal(size=400)  # what neither explains is still there
+    mine, theirs = (rank_residuals(z + 3 * both, group.tolist(), length) for z in (x, y))
+    assert spearman(mine, theirs).rho > 0.5
+    by_group = rank_residuals(x, group.tolist())
+    assert [by_group[group == g].mean() for g in range(3)] == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+def test_the_bootstrap_draws_whole_groups_and_keeps_strata() -> None:
+    groups, strata = ["a", "a", "b", "c", "d", "d", "d"], ["x", "x", "x", "x", "y", "y", "y"]
+    bootstrap = draw_bootstrap(groups, strata, draws=200)
+    assert (bootstrap.n, bootstrap.groups, len(bootstrap.draws)) == (7, 4, 200)
+    for draw in bootstrap.draws:
+        drawn = draw.tolist()
+        assert drawn.count(0) == drawn.count(1)
+        assert [drawn.count(i) for i in (4, 5, 6)] == [1, 1, 1]
+        assert drawn.count(0) + drawn.count(2) + drawn.count(3) == 3
+    assert len({tuple(draw.tolist()) for draw in bootstrap.draws}) > 5
+
+
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """Prompts of one source are alike: drawn one by one they would promise far too much."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(30), 4)
+    grouped = draw_bootstrap(groups.tolist(), ["x"] * 120, draws=300)
+    alone = draw_bootstrap(range(120), ["x"] * 120, draws=300)
+    covered = {"grouped": 0, "alone": 0}
+    for _ in range(200):
+        values = generator.normal(size=30)[groups] + 0.3 * generator.normal(size=120)
+        for name, bootstrap in (("grouped", grouped), ("alone", alone)):
+            found = bootstrap.estimate(lambda draw: float(values[draw].mean()))  # noqa: B023
+            covered[name] += found.low < 0 < found.high
+    assert 0.88 < covered["grouped"] / 200 < 0.99
+    assert covered["alone"] / 200 < 0.8
+
+
+def test_an_estimate_of_nothing_is_not_known() -> None:
+    found = draw_bootstrap(range(4), ["x"] * 4, draws=5).estimate(lambda draw: math.nan)
+    assert math.isnan(found.low)
+    assert math.isnan(found.value)
