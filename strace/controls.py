@@ -26,6 +26,7 @@ from strace.flow import Flow
 from strace.texts import Texts
 
 DAMPING = 0.01  # in mean diagonals of the inputs' moments
+TURNS = 96  # in which the neurons of a layer go
 UNITS = ("refit", "flow", "uniform", "first", "random", "magnitude", "wanda", "moment")
 
 
@@ -81,10 +82,6 @@ def _square(x: Tensor) -> Tensor:
     return x.double().square().sum(0)
 
 
-def _cross(x: Tensor) -> Tensor:
-    return (x.float().T @ x.float()).double()
-
-
 @torch.inference_mode()
 def _add_products(
     full: Decoder, fit: Sequence[Texts], kind: str, product: Callable[[Tensor], Tensor]
@@ -107,32 +104,50 @@ def _add_products(
     return {l: s / max(rows, 1) for l, s in sums.items()}
 
 
+@torch.inference_mode()
 def _score_refitted(full: Decoder, fit: Sequence[Texts]) -> Tensor:
-    """float64 [L, M]: neurons go one by one, each time the one whose going costs least (after ZipLM,
-    arXiv:2302.04089); a neuron's score is the most that one had cost when it went. Errors are shares of the stream's
-    mean square behind the MLP, which grows from layer to layer."""
-    moments, streams = _add_products(full, fit, "act", _cross), _add_products(full, fit, "stream_out", _square)
-    scores = []
+    """float64 [L, M]: neurons go some at a time, each time those whose going costs least (after ZipLM,
+    arXiv:2302.04089); a neuron's score is the most that any had cost when it went. Errors are shares of the stream's
+    mean square behind the MLP, which grows from layer to layer. The moments of one layer are held at a time."""
+    device = full.embed.device
+    places = [(batch.tokens.flatten().to(device), batch.positions.to(device)) for batch in fit]
+    streams, scores = [full.embedded(*place) for place in places], []
     for l, layer in enumerate(full.layers):
         assert layer.mlp is not None, "units are those of a full model"
-        scores.append(drop_in_turn(layer.mlp.down.dense().double().cpu(), moments[l]) / streams[l].sum())
+        moments, size = torch.zeros(full.spec.mlp, full.spec.mlp, dtype=torch.float64, device=layer.device), 0.0
+        for i, batch in enumerate(fit):
+            real = batch.real.flatten().to(layer.device)
+
+            def tap(name: str, _: int, value: Tensor, real: Tensor = real, sums: Tensor = moments) -> Tensor:
+                if name == "act":
+                    x = value[real].float()
+                    sums += x.T @ x
+                return value
+
+            cos, sin = full.rotation(places[i][1])
+            rotation = cos.to(layer.device), sin.to(layer.device)
+            attend = DenseAttend(*batch.shape, device=layer.device)
+            streams[i] = full.layer(l, streams[i].to(layer.device), rotation, attend, tap)
+            size += float(streams[i][real].double().square().sum())
+        scores.append(drop_in_turn(layer.mlp.down.dense().double(), moments).cpu() / size)
     return torch.stack(scores)
 
 
 def drop_in_turn(weight: Tensor, moments: Tensor) -> Tensor:
     """float64 [K] of a projection [N, K] and its inputs' second moments [K, K]; see `_score_refitted`."""
     k = len(moments)
-    damping = DAMPING * moments.diagonal().mean().clamp_min(1e-12)
-    inverse = torch.linalg.inv(moments + damping * torch.eye(k, dtype=torch.float64))
-    left, weight = torch.ones(k, dtype=torch.bool), weight.clone()
-    scores, most = torch.zeros(k, dtype=torch.float64), 0.0
-    for _ in range(k):
+    damped = moments.clone()
+    damped.diagonal().add_(DAMPING * moments.diagonal().mean().clamp_min(1e-12))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    left, scores, most = torch.arange(k, device=weight.device), torch.zeros(k, dtype=weight.dtype), 0.0
+    while len(left):
         costs = weight.square().sum(0) / inverse.diagonal().clamp_min(1e-12)
-        worst = int(torch.where(left, costs, torch.inf).argmin())
-        most = max(most, float(costs[worst]))
-        scores[worst], left[worst] = most, False
-        share = inverse[:, worst] / inverse[worst, worst]
-        weight -= torch.outer(weight[:, worst], share)
-        inverse -= torch.outer(share, inverse[worst])
-        weight[:, ~left] = 0
+        order = costs.argsort()
+        worst, rest = order[: -(-k // TURNS)], order[-(-k // TURNS) :]
+        most = max(most, float(costs[worst].mean()))
+        scores[left[worst].cpu()] = most
+        share = torch.linalg.solve(inverse[worst][:, worst], inverse[worst][:, rest])
+        weight = weight[:, rest] - weight[:, worst] @ share
+        inverse = inverse[rest][:, rest].sub_(inverse[rest][:, worst] @ share)
+        left = left[rest]
     return scores

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from strace.blocks import BlockAttend, RecordAttend, random_starts
-from strace.decoder import MLP, Attention, Decoder, Norm, Sublayer, add, normalise_part
-from strace.keep import Kept, slice_decoder
+from strace.decoder import MLP, Attention, Decoder, Layer, Norm, Sublayer, add, normalise_part
+from strace.keep import Kept, slice_attention, slice_mlp, take
 from strace.linear import DENSE, GROUP, Codes, Linear, quantise
 from strace.texts import Texts
 
@@ -169,11 +169,15 @@ class Capture:
 
 class Repair:
     """One repair under way. `served` is the subgraph as it will be served; `work` has the same numbers with rounded
-    matrices expanded, because the kernels of quantised formats are slow over thousands of rows."""
+    matrices expanded, because the kernels of quantised formats are slow over thousands of rows. What is kept of a layer
+    is cut out when its turn comes, and its expanded matrices go when it is over."""
 
     def __init__(self, full: Decoder, kept: Kept, format: str, marches: list[March]) -> None:
-        self.full, self.format, self.marches = full, format, marches
-        self.work, self.served = slice_decoder(full, kept), slice_decoder(full, kept)
+        self.full, self.kept, self.format, self.marches = full, kept, format, marches
+        self.work, self.served = (replace(full, layers=[Layer(None, None) for _ in full.layers]) for _ in range(2))
+        if kept.token_ids is not None:
+            ids = kept.token_ids.to(full.embed.device)
+            self.served = replace(self.served, head=take(full.head, rows=ids), token_ids=ids)
 
     def attention(self, l: int) -> None:
         """Advance all streams over the attention of layer `l`."""
@@ -185,7 +189,8 @@ class Repair:
             added = self.full.attention(l, march.read[0], march.rotation, record, tap)
             march.full, march.entries = add(march.full, added), record.entries
             wanted.append(self._wanted(march, self.full.layers[l].attention, tap))
-        part = self.work.layers[l].attention
+        whole = self.full.layers[l].attention
+        part = None if whole is None else slice_attention(whole, self.kept.groups[l], self.full.spec)
         if part is None:
             return
         qkv, dense = self._round_input(part.qkv, part.norm)
@@ -195,9 +200,8 @@ class Repair:
             tap = Capture("z")
             self.work.attention(l, march.read[1], march.rotation, BlockAttend(march.starts, march.entries), tap)
             inputs.append(tap.value)
-        o, dense_o = self._fit_output(part, part.o, inputs, wanted)
-        self.work.layers[l].attention = replace(part, qkv=dense, o=dense_o)
-        self.served.layers[l].attention = replace(part, qkv=qkv, o=o)
+        self.work.layers[l].attention = None
+        self.served.layers[l].attention = replace(part, qkv=qkv, o=self._fit_output(part, part.o, inputs, wanted))
 
     def mlp(self, l: int) -> None:
         """Advance all streams over the MLP of layer `l`."""
@@ -208,7 +212,8 @@ class Repair:
             tap = Capture("act")
             march.full = add(march.full, self.full.mlp(l, march.read[0], tap))
             wanted.append(self._wanted(march, self.full.layers[l].mlp, tap))
-        part = self.work.layers[l].mlp
+        whole = self.full.layers[l].mlp
+        part = None if whole is None else slice_mlp(whole, self.kept.neurons[l], self.full.spec)
         if part is None:
             return
         inner, dense = self._round_input(part.inner, part.norm)
@@ -218,16 +223,15 @@ class Repair:
             tap = Capture("act")
             self.work.mlp(l, march.read[1], tap)
             inputs.append(tap.value)
-        down, dense_down = self._fit_output(part, part.down, inputs, wanted)
-        self.work.layers[l].mlp = replace(part, inner=dense, down=dense_down)
-        self.served.layers[l].mlp = replace(part, inner=inner, down=down)
+        self.work.layers[l].mlp = None
+        self.served.layers[l].mlp = replace(part, inner=inner, down=self._fit_output(part, part.down, inputs, wanted))
 
     def head(self) -> None:
         """Round the head for the normalised streams that it will read."""
         for march in self.marches:
             march.move(self.full.final_norm.device)
             march.look()
-        self.served.head, self.work.head = self._round_input(self.served.head, self.full.final_norm)
+        self.served.head, _ = self._round_input(self.served.head, self.full.final_norm)
 
     def _wanted(self, march: March, whole: Attention | MLP | None, tap: Capture) -> Tensor:
         """What the output projection at hand shall give, float32 [S * n, hidden]; `tap` saw what the full one reads."""
@@ -243,9 +247,7 @@ class Repair:
                 moments.add(march.real(self.full.normalise(march.read[1], norm)))
         return self._linears(round_matrix(linear.dense(), moments.inputs, self.format), linear.bias)
 
-    def _fit_output(
-        self, part: Sublayer, sliced: Linear, inputs: list[Tensor], wanted: list[Tensor]
-    ) -> tuple[Linear, Linear]:
+    def _fit_output(self, part: Sublayer, sliced: Linear, inputs: list[Tensor], wanted: list[Tensor]) -> Linear:
         """Fit an output projection to what is wanted of it, then add what the part gives to the own streams."""
         fit, choose = (Moments(sliced.shape[1], sliced.shape[0], inputs[0].device) for _ in range(2))
         for march, x, y in zip(self.marches, inputs, wanted, strict=True):
@@ -253,7 +255,7 @@ class Repair:
         served, dense = self._linears(*fit_output(sliced.dense(), fit, choose, self.format))
         for march, x in zip(self.marches, inputs, strict=True):
             march.own = march.own + normalise_part(dense(x), part)
-        return served, dense
+        return served
 
     def _linears(self, weight: Tensor | Codes, bias: Tensor | None) -> tuple[Linear, Linear]:
         """As served, and expanded."""
