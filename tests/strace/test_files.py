@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -58,5 +59,40 @@ def test_a_full_disk_is_told_as_an_oserror_whoever_writes(tmp_path: Path) -> Non
     path.write_text("before")
     with pytest.raises(OSError, match=r"cannot write .*file: .*No space left"), file_beside(path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow over 64 KiB: a disk that fills up in the middle of one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_tensors(path: Path) -> None:
+    with file_beside(path) as beside:
+        save_file({"x": np.zeros(1 << 17, np.uint8)}, beside)
+
+
+def write_folder(path: Path) -> None:
+    with folder_beside(path) as beside:
+        (beside / "small").write_text("fits")
+        write_tensors(beside / "large")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_tensors, write_folder, lambda path: write_beside(path, "x" * (1 << 17))],
+    ids=["file", "folder", "text"],
+)
+@pytest.mark.usefixtures("small_files")
+def test_what_does_not_fit_leaves_what_was_there(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    path = tmp_path / "a"
+    path.write_text("before")
+    with pytest.raises(OSError, match="File too large"):
+        write(path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]

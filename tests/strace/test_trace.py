@@ -21,13 +21,14 @@ from strace.classes import BadPrompts, Prompt
 from strace.classifier import Classifier
 from strace.distill import Distilled, distill
 from strace.graphs import load_drafts
+from strace.keep import Plan
 from strace.measure import measure_acceptance
 from strace.onpolicy import Positions
 from strace.search import StepCosts
 from strace.subgraph import MANIFEST, TENSORS, Manifest, list_unpaying, load_subgraphs, read_manifest
 from strace.texts import batch_texts
 from strace.trace import Options, plan_candidates, trace
-from tests.tiny import make_tokenizer, random_tokens, save_tiny
+from tests.tiny import KINDS, make_tokenizer, random_tokens, save_tiny
 
 
 def write_prompts(folder: Path) -> Path:
@@ -69,6 +70,23 @@ def test_every_class_and_pooled_get_a_folder_that_loads(traced: Traced) -> None:
     for name, graph in graphs.items():
         assert graph.bytes_per_step == made[name].measured.bytes_per_step
         assert 0.05 < measure_acceptance(full, graph, texts).mean < 1
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_family_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
+    monkeypatch.setattr(pipeline, "price_steps", lambda *_: cheap)
+    monkeypatch.setattr(pipeline, "WRITTEN", 4)
+    monkeypatch.setattr(pipeline, "plan_candidates", lambda *_: [Plan("half", mlp=0.5, coverage=0.9, units="refit")])
+    model = str(save_tiny(tmp_path / "model", family))
+    prompts = write_prompts(tmp_path / "prompts")
+    made = trace(Options(model, tmp_path / "out", prompts, classes=("digits",)), lambda line: None)
+    checkpoint = open_checkpoint(model)
+    graphs = load_subgraphs(tmp_path / "out", checkpoint, load_decoder(checkpoint))
+    assert {name: graph.bytes_per_step for name, graph in graphs.items()} == {
+        name: manifest.measured.bytes_per_step for name, manifest in made.items()
+    }
+    assert all(0 < layer.neurons < checkpoint.spec.mlp for layer in made["digits"].kept)
 
 
 def test_the_manifest_says_what_was_tried_and_what_was_measured(traced: Traced) -> None:
