@@ -18,7 +18,9 @@ from server import bench
 from server.bench import spread
 from strace.costs import name_processor
 
-__all__ = ["describe", "finish", "read_prompts", "require_idle", "spread"]
+__all__ = ["UNUSED", "describe", "finish", "read_prompts", "read_sources", "require_idle", "spread"]
+
+UNUSED = "unused"  # the folder of texts that nothing was tuned on
 
 
 def require_idle() -> float:
@@ -41,10 +43,16 @@ def describe() -> dict[str, Any]:
     }
 
 
-def read_prompts(name: str, count: int) -> list[str]:
-    """The first `count` held-out texts of a class (`benchmarks/prompts/`, cut from the valid part)."""
-    lines = (Path(__file__).parent / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line)["text"] for line in lines[:count] if line]
+def read_sources(name: str, folder: str = "prompts") -> list[dict[str, str]]:
+    """The held-out prompts of a class with their sources: of `benchmarks/prompts`, cut from the valid part, or
+    `UNUSED`."""
+    lines = (Path(__file__).parent / folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def read_prompts(name: str, count: int, folder: str = "prompts") -> list[str]:
+    """The texts of the first `count` of them."""
+    return [prompt["text"] for prompt in read_sources(name, folder)[:count]]
 
 
 def finish(result: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ For each class and each share of the full model's bf16 bytes per step (all weigh
 KV): the share of next tokens accepted at temperature 1 (1 - TV) and the agreement of the arg max, in draft blocks of 8
 over the full model's cache. Fitted and chosen on the prompts that are shipped for tracing, reported on
 `benchmarks/prompts`. No times are measured, so other load on the machine does no harm. It goes on where it was cut off.
+All classes together are fitted on as many tokens as one: they are also what classes with shuffled labels would be. What
+a method loses against ours comes with a bootstrap interval (95 %, sources drawn within each class).
 
 | method | what |
 |---|---|
@@ -11,6 +13,8 @@ over the full model's cache. Fitted and chosen on the prompts that are shipped f
 | no repair | the same units and head, plainly rounded |
 | flow, uniform, random, magnitude, wanda, first | the same head and repair, units scored otherwise (strace.controls) |
 | pooled, other | ours of all classes together; ours of another class |
+| pooled units, other units | ours, but the units are scored on all classes together or on another class |
+| pooled repair, other repair | ours, but repaired on the texts of all classes together or of another class |
 | int8, int4, int3, int2 | quantise-only: the whole model plainly rounded, at its own bytes; the last two emulated |
 
 Examples:
@@ -29,35 +33,43 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from machine import describe, finish, read_prompts
+from machine import describe, finish, read_sources
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from strace import trace as pipeline
+from strace.blocks import even_starts
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import POOLED, Parts, shipped_prompts, split_classes
 from strace.classes import read_prompts as read_classes
 from strace.controls import score_units
 from strace.decoder import Decoder, Layer
-from strace.files import write_beside
+from strace.files import file_beside, write_beside
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype
 from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, kept_bytes, slice_decoder
 from strace.linear import GROUP, Linear
-from strace.measure import Acceptance, measure_acceptance
+from strace.measure import block_streams, compare, measure_acceptance
 from strace.repair import repair
 from strace.subgraph import restore_tensors, save_tensors
 from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 
 CLASSES = ("chat", "code", "facts", "math", "stories")
-SIZES = (0.125, 0.25, 1 / 3, 0.5)
-COVERAGES = (0.98, 0.99, 0.995)
-CONTROLS = ("flow", "uniform", "random", "magnitude", "wanda", "first")
+SIZES = (0.125, 0.25, 0.5, 1 / 3)
+SMALL = 0.2  # below this share of the bytes a long head would leave no neurons
+CONTROLS = ("wanda", "first", "uniform", "random", "magnitude", "flow")
+OF_CLASS = ("pooled", "pooled units", "pooled repair", "other", "other units", "other repair")
+OTHERS = ("no repair", *OF_CLASS, *CONTROLS)
+DRAWS = 2000  # of the bootstrap
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-REPORTED = 8192  # tokens of the valid part read of a class
+
+
+Counts = dict[str, list[float]]  # by source: accepted, agreeing, positions
 
 
 @dataclass(frozen=True)
@@ -79,29 +91,46 @@ class Traced:
         self._specials = special_ids(checkpoint)
         self._headless: dict[tuple[Any, ...], Decoder] = {}
 
+    def _keep(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, made once and kept on disk."""
+        path = self.state / f"{self.name}-{what}.safetensors"
+        if not path.exists():
+            with file_beside(path) as beside:
+                save_file(make(), beside)
+        return load_file(path)
+
     @cached_property
     def flow(self) -> Flow:
-        return measure_flow(self.full, self.fit[:: max(1, len(self.fit) // 2)])
+        some = self.fit[:: max(1, len(self.fit) // 2)]
+        return Flow(**self._keep("flow", lambda: flow_tensors(measure_flow(self.full, some))))
 
     @cached_property
     def head(self) -> pipeline.Head:
+        return pipeline.Head(**self._keep("head", self._rank))
+
+    def _rank(self) -> dict[str, Tensor]:
         mass = measure_mass(self.full, self.fit)
         counts = count_tokens(self.fit, self.full.spec.vocabulary)
-        return pipeline.Head(rank_tokens(mass, counts, self._specials), mass)
+        return {"ranked": rank_tokens(mass, counts, self._specials), "mass": mass}
 
     @cached_property
     def refit(self) -> Flow:
-        return score_units("refit", self.flow, self.full, self.fit)
+        spec = self.full.spec
+        shapes = (spec.layers, spec.kv_heads), (spec.layers, spec.mlp), (0,)
+        nothing = Flow(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))  # attention is kept whole
+        return Flow(**self._keep("refit", lambda: flow_tensors(score_units("refit", nothing, self.full, self.fit))))
 
-    def make(self, plan: Plan, scores: Flow, repaired: bool = True) -> Made:
-        """A plan's subgraph; layers that several heads share are repaired once."""
+    def make(self, plan: Plan, scores: Flow, repaired: bool = True, on: Traced | None = None) -> Made:
+        """A plan's subgraph, repaired on the texts of another class where `on` is given; layers that several heads
+        share are repaired once."""
         ids = self.head.cut(plan.coverage)
         kept = keep_units(scores, plan)
         if not repaired:
             return Made(cut_head(quantise_decoder(slice_decoder(self.full, kept), plan.format), ids), kept, plan)
-        key = (plan.format, *(tuple(t.tolist()) for t in (*kept.groups, *kept.neurons)))
+        by = on or self
+        key = (by.name, plan.format, *(tuple(t.tolist()) for t in (*kept.groups, *kept.neurons)))
         if key not in self._headless:
-            self._headless[key] = repair(self.full, kept, plan.format, self.fit, self.choose)
+            self._headless[key] = repair(self.full, kept, plan.format, by.fit, by.choose)
         return Made(cut_head(self._headless[key], ids), replace(kept, token_ids=ids), plan)
 
     def ours(self, size: float) -> Made:
@@ -115,8 +144,9 @@ class Traced:
             if found is not None:
                 return Made(found, kept, plan)
         budget, tried = size * full_bytes(self.full), []
+        coverages = (0.95, 0.98) if size < SMALL else (0.99, 0.995)
         for format in ("int4",) if size < 0.4 else ("int4", "int8"):
-            for coverage in COVERAGES if format == "int4" else (0.995,):
+            for coverage in coverages if format == "int4" else (0.995,):
                 ids = self.head.cut(coverage)
                 plan = fit_size(Plan("ours", coverage=coverage, format=format), self.refit, self.full.spec, ids, budget)
                 if plan is not None and plan.mlp > 0:
@@ -127,20 +157,30 @@ class Traced:
         write_beside(about, json.dumps(vars(best.plan)))
         return best
 
+    def chosen_by(self, scores: Flow, size: float, like: Plan) -> Made:
+        """Units by `scores` within the same bytes, with the head of `like`, repaired alike."""
+        budget, ids = size * full_bytes(self.full), self.head.cut(like.coverage)
+        plan = fit_size(replace(like, mlp=1.0), scores, self.full.spec, ids, budget)
+        assert plan is not None, "what is like it fits"
+        return self.make(plan, scores)
+
     def control(self, units: str, size: float, like: Plan) -> Made:
         """Units scored by `units` within the same bytes, with the head of `like`, repaired alike."""
-        budget, ids = size * full_bytes(self.full), self.head.cut(like.coverage)
         scores = score_units(units, self.flow, self.full, self.fit)
         if units != "first":
-            plan = fit_size(replace(like, mlp=1.0), scores, self.full.spec, ids, budget)
-            assert plan is not None, "what is like it fits"
-            return self.make(plan, scores)
+            return self.chosen_by(scores, size, like)
+        budget, ids = size * full_bytes(self.full), self.head.cut(like.coverage)
         layers = self.full.spec.layers
         for kept in range(layers, 0, -1):
             plan = replace(like, attention=kept / layers, mlp=kept / layers, whole=True)
             if kept_bytes(self.full.spec, keep_units(scores, plan, ids), plan.format) <= budget:
                 break
         return self.make(plan, scores)
+
+
+def flow_tensors(flow: Flow) -> dict[str, Tensor]:
+    """What of a flow decides which units are kept, and `levels`."""
+    return {"groups": flow.groups, "neurons": flow.neurons, "levels": flow.levels}
 
 
 def emulate(full: Decoder, bits: int) -> tuple[Decoder, float]:
@@ -184,78 +224,116 @@ class Results:
         self.path = state / "results.json"
         self.rows: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
 
-    def add(self, name: str, method: str, size: float, measure: Callable[[], tuple[Acceptance, float, str]]) -> None:
+    def add(self, name: str, method: str, size: float, measure: Callable[[], tuple[Counts, float, str]]) -> None:
         """Measure unless it was."""
         key = {"prompts": name, "method": method, "size": round(size, 3)}
         if any(key.items() <= row.items() for row in self.rows):
             return
-        acceptance, share, plan = measure()
+        counts, share, plan = measure()
+        accepted, agreed, positions = (sum(column) for column in zip(*counts.values(), strict=True))
         row = key | {
             "bytes": round(share, 4),
-            "accepted": round(acceptance.mean, 4),
-            "agreement": round(statistics.fmean(acceptance.agreement), 4),
-            "positions": acceptance.positions,
+            "accepted": round(accepted / positions, 4),
+            "agreement": round(agreed / positions, 4),
+            "positions": round(positions),
             "plan": plan,
+            "sources": {source: [round(x, 2) for x in sums] for source, sums in counts.items()},
         }
         self.rows.append(row)
         write_beside(self.path, json.dumps(self.rows))
         print(f"{name} {method} at {size:.3f}: {row['bytes']} accepted {row['accepted']} ({plan})", flush=True)
 
 
-def read_texts(checkpoint: Checkpoint, name: str) -> list[Texts]:
-    """The valid part of a class, up to a number of tokens."""
-    ids = [checkpoint.tokenizer(text, verbose=False)["input_ids"] for text in read_prompts(name, 1000)]
-    pieces, total = [], 0
-    for piece in cut_pieces(ids, min(LONGEST, checkpoint.spec.context)):
-        pieces.append(piece)
-        total += len(piece)
-        if total >= REPORTED:
+@dataclass(frozen=True)
+class Held:
+    """Held-out texts, and the source of every row of every batch."""
+
+    batches: list[Texts]
+    sources: list[list[str]]
+
+
+def read_held(checkpoint: Checkpoint, name: str, tokens: int) -> Held:
+    """The valid part of a class, up to about so many tokens."""
+    found: list[tuple[list[int], str]] = []
+    for prompt in read_sources(name):
+        ids = checkpoint.tokenizer(prompt["text"], verbose=False)["input_ids"]
+        found += [(piece, prompt["source"]) for piece in cut_pieces([ids], min(LONGEST, checkpoint.spec.context))]
+        if sum(len(piece) for piece, _ in found) >= tokens:
             break
-    return batch_texts(pieces)
+    found.sort(key=lambda each: len(each[0]), reverse=True)  # as batch_texts does, which keeps this order
+    batches, sources = batch_texts([piece for piece, _ in found]), iter(source for _, source in found)
+    return Held(batches, [[next(sources) for _ in range(batch.shape[0])] for batch in batches])
 
 
-def measure_class(
-    name: str, traced: dict[str, Traced], results: Results, texts: list[Texts], sizes: Sequence[float], controls: bool
-) -> None:
-    """Ours, or all methods, on the texts of one class."""
-    own, full = traced[name], traced[name].full
+@torch.inference_mode()
+def count_accepted(full: Decoder, subgraph: Decoder, held: Held) -> Counts:
+    """By source what is accepted at temperature 1, what agrees, and of how many positions; in draft blocks of 8."""
+    generator, counts = torch.Generator().manual_seed(0), {}
+    for batch, sources in zip(held.batches, held.sources, strict=True):
+        whole, own = block_streams(full, subgraph, batch, even_starts(batch.shape, generator))
+        for row, (real, source) in enumerate(zip(batch.real, sources, strict=True)):
+            at = row * batch.shape[1] + real.nonzero().flatten()
+            p, q = full.logits(whole[at]).softmax(-1), subgraph.logits(own[at]).softmax(-1)
+            accepted, agreed = compare(p, q, subgraph.token_ids)
+            before = counts.get(source, [0.0, 0.0, 0.0])
+            now = float(accepted.sum()), float(agreed.sum()), float(len(at))
+            counts[source] = [a + b for a, b in zip(before, now, strict=True)]
+    return counts
 
-    def report(make: Callable[[], Made]) -> Callable[[], tuple[Acceptance, float, str]]:
-        def measure() -> tuple[Acceptance, float, str]:
-            made = make()
-            plan, share = made.plan, made.subgraph.bytes_per_step / full_bytes(full)
-            kept = f"{plan.format}, {plan.mlp:.2f} of the neurons, head {made.subgraph.head.shape[0]}"
-            return measure_acceptance(full, made.subgraph, texts), share, kept
 
-        return measure
+def measure_method(
+    method: str, name: str, size: float, traced: dict[str, Traced], held: Held
+) -> tuple[Counts, float, str]:
+    """Acceptance of one method on the texts of one class, its share of the bytes, and what it keeps."""
+    full = traced[name].full
+    if method in WHOLE:
+        decoder, share = emulate(full, WHOLE[method])
+        return count_accepted(full, decoder, held), share, "whole model"
+    made = make_method(method, name, size, traced)
+    kept = f"{made.plan.format}, {made.plan.mlp:.2f} of the neurons, head {made.subgraph.head.shape[0]}"
+    return count_accepted(full, made.subgraph, held), made.subgraph.bytes_per_step / full_bytes(full), kept
 
-    for size in sizes:
-        results.add(name, "ours", size, report(lambda size=size: own.ours(size)))
-    if not controls:
-        return
-    for method, bits in WHOLE.items():
 
-        def whole(bits: int = bits) -> tuple[Acceptance, float, str]:
-            decoder, share = emulate(full, bits)
-            return measure_acceptance(full, decoder, texts), share, "whole model"
-
-        results.add(name, method, 1.0, whole)
-    classes = [each for each in traced if each != POOLED]
-    other = classes[classes.index(name) - 1]
-    for size in sizes:
+def make_method(method: str, name: str, size: float, traced: dict[str, Traced]) -> Made:
+    """A subgraph of one method for one class."""
+    own, classes = traced[name], [each for each in traced if each != POOLED]
+    if method == "ours":
+        return own.ours(size)
+    if method in OF_CLASS:
+        whose, _, what = method.partition(" ")
+        other = traced[POOLED if whose == "pooled" else classes[classes.index(name) - 1]]
+        if not what:
+            return other.ours(size)
         like = own.ours(size).plan
-        results.add(name, "no repair", size, report(lambda like=like: own.make(like, own.refit, repaired=False)))
-        if other != name:
-            results.add(name, "other", size, report(lambda size=size: traced[other].ours(size)))
-        results.add(name, "pooled", size, report(lambda size=size: traced[POOLED].ours(size)))
-        for units in CONTROLS if like.mlp < 1 else ("first",):
-            results.add(name, units, size, report(lambda u=units, s=size, p=like: own.control(u, s, p)))
+        return own.chosen_by(other.refit, size, like) if what == "units" else own.make(like, own.refit, on=other)
+    like = own.ours(size).plan
+    return own.make(like, own.refit, repaired=False) if method == "no repair" else own.control(method, size, like)
+
+
+def list_cells(classes: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, str, float]]:
+    """Method, class and size, the most telling first: cut off anywhere, the run has whole rows of the table."""
+    cells = [("ours", name, size) for size in sizes for name in classes]
+    cells += [(method, name, 1.0) for method in WHOLE for name in classes]
+    methods = [method for method in OTHERS if not method.startswith("other") or len(classes) > 1]
+    return cells + [(method, name, size) for size in sizes for method in methods for name in classes]
+
+
+def draw_losses(ours: list[dict[str, Any]], other: list[dict[str, Any]], seed: int = 0) -> list[float]:
+    """What `other` loses against ours in accepted share, a mean over classes: the middle 95 % of bootstrap draws."""
+    rng, losses = np.random.default_rng(seed), np.zeros(DRAWS)
+    for row in other:
+        (same,) = [each for each in ours if each["prompts"] == row["prompts"]]
+        a, b = (np.array([each["sources"][s] for s in sorted(row["sources"])]) for each in (same, row))
+        drawn = rng.integers(len(a), size=(DRAWS, len(a)))
+        losses += (a[drawn, 0].sum(1) - b[drawn, 0].sum(1)) / a[drawn, 2].sum(1) / len(other)
+    return [round(float(x), 4) for x in np.quantile(losses, (0.025, 0.975))]
 
 
 def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Print means over the classes, and give them."""
     means = []
     for size in sorted({row["size"] for row in rows}, reverse=True):
+        ours = [row for row in rows if (row["method"], row["size"]) == ("ours", size)]
         for method in dict.fromkeys(row["method"] for row in rows):
             some = [row for row in rows if (row["method"], row["size"]) == (method, size)]
             if some:
@@ -264,7 +342,9 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     for key in ("bytes", "accepted", "agreement")
                 }
                 spread = [min(row["accepted"] for row in some), max(row["accepted"] for row in some)]
-                means.append({"method": method, "size": size, "classes": len(some)} | mean | {"spread": spread})
+                loss = draw_losses(ours, some) if ours else None
+                about = {"method": method, "size": size, "classes": len(some)}
+                means.append(about | mean | {"spread": spread, "loss": loss})
     table = Table()
     for column in means[0]:
         table.add_column(column)
@@ -280,6 +360,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a folder, or a hub name (default %(default)s)")
     parser.add_argument("--classes", nargs="+", default=CLASSES, choices=CLASSES, metavar="CLASS")
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, help="shares of the full model's bytes")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the valid part, a class (default %(default)s)")
     parser.add_argument("--state", type=Path, required=True, help="folder of what was done before; made if missing")
     arguments = parser.parse_args()
     arguments.state.mkdir(parents=True, exist_ok=True)
@@ -288,9 +369,9 @@ def main() -> None:
     split = split_classes(read_classes(shipped_prompts(), arguments.classes))
     traced = {name: Traced(checkpoint, full, name, parts, arguments.state) for name, parts in split.items()}
     results = Results(arguments.state)
-    for controls in (False, True):  # ours of all classes come first: cut off there, the run has said the most
-        for name in arguments.classes:
-            measure_class(name, traced, results, read_texts(checkpoint, name), arguments.sizes, controls)
+    held = {name: read_held(checkpoint, name, arguments.tokens) for name in arguments.classes}
+    for method, name, size in list_cells(arguments.classes, arguments.sizes):
+        results.add(name, method, size, lambda m=method, n=name, s=size: measure_method(m, n, s, traced, held[n]))
     finish(
         {
             "benchmark": "subgraphs",

@@ -5,7 +5,9 @@ The result depends on the corpus and the options only.
 
 Examples:
   python models/embedded/select_prompts.py ../shared/corpus --part calib -o strace/prompts
-  python models/embedded/select_prompts.py ../shared/corpus --part valid --units 40 -o benchmarks/prompts
+  python models/embedded/select_prompts.py ../shared/corpus --part valid --units 50 -o benchmarks/prompts
+  python models/embedded/select_prompts.py ../shared/corpus --part valid --units 24 --without benchmarks/prompts \
+    -o benchmarks/unused
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corpus import MIXTURE
@@ -58,11 +60,21 @@ def deal(pieces: dict[str, list[str]], rng: random.Random) -> Iterator[dict[str,
                 yield {"source": source, "text": text}
 
 
-def select(path: Path, openings_only: bool, units: int, size: int) -> list[dict[str, str]]:
-    """At most `units` prompts whose texts are at most `size` UTF-8 bytes together."""
+def read_prompts(path: Path) -> list[dict[str, str]]:
+    """What an earlier run chose."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def select(
+    path: Path, openings_only: bool, units: int, size: int, without: Sequence[dict[str, str]] = ()
+) -> list[dict[str, str]]:
+    """At most `units` prompts whose texts are at most `size` UTF-8 bytes together, none of `without`; sources of which
+    it has none come first."""
     rng = random.Random(0)
     chosen: list[dict[str, str]] = []
-    for prompt in deal(read_pieces(path, openings_only, rng), rng):
+    sources, texts = {p["source"] for p in without}, {p["text"] for p in without}
+    dealt = [p for p in deal(read_pieces(path, openings_only, rng), rng) if p["text"] not in texts]
+    for prompt in sorted(dealt, key=lambda p: p["source"] in sources):
         size -= len(prompt["text"].encode())
         if size < 0 or len(chosen) == units:
             break
@@ -77,12 +89,14 @@ def main() -> None:
     parser.add_argument("--part", required=True, help="part to cut from")
     parser.add_argument("--units", type=int, default=250, help="prompts of a class at most (default %(default)s)")
     parser.add_argument("--bytes", type=int, default=250_000, help="bytes of a class at most (default %(default)s)")
+    parser.add_argument("--without", type=Path, help="folder of CLASS.jsonl whose texts are left out")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for CLASS.jsonl")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in sorted(MIXTURE):
         path = arguments.corpus / f"{name}.{arguments.part}.jsonl"
-        prompts = select(path, name in OPENINGS_ONLY, arguments.units, arguments.bytes)
+        known = read_prompts(arguments.without / f"{name}.jsonl") if arguments.without else []
+        prompts = select(path, name in OPENINGS_ONLY, arguments.units, arguments.bytes, known)
         lines = "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
         (arguments.output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         print(

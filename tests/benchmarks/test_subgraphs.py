@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ from strace.checkpoint import load_decoder, open_checkpoint
 from strace.classes import read_prompts, split_classes
 from strace.keep import full_bytes, kept_bytes
 from strace.linear import quantise
-from strace.measure import Acceptance
+from strace.measure import measure_acceptance
 from tests.strace.test_trace import write_prompts
 from tests.tiny import save_tiny
 
@@ -58,14 +59,44 @@ def test_more_bits_err_less_and_four_are_as_good_as_int4(seed: int) -> None:
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
-    acceptance = Acceptance((0.9,) * 8, (0.8,) * 8, 100)
-    subgraphs.Results(tmp_path).add("chat", "ours", 0.25, lambda: (acceptance, 0.24, "plan"))
+    counts = {"a": [9.0, 8.0, 10.0], "b": [45.0, 40.0, 50.0]}
+    subgraphs.Results(tmp_path).add("chat", "ours", 0.25, lambda: (counts, 0.24, "plan"))
     results = subgraphs.Results(tmp_path)
 
-    def fail() -> tuple[Acceptance, float, str]:
+    def fail() -> tuple[subgraphs.Counts, float, str]:
         raise AssertionError("measured again")
 
     results.add("chat", "ours", 0.25, fail)
-    results.add("chat", "int4", 1.0, lambda: (acceptance, 0.28, "whole"))
+    results.add("chat", "int4", 1.0, lambda: (counts, 0.28, "whole"))
     means = subgraphs.show(results.rows)
     assert [(m["method"], m["accepted"], m["agreement"]) for m in means] == [("int4", 0.9, 0.8), ("ours", 0.9, 0.8)]
+
+
+@given(st.integers(0, 50))
+def test_a_loss_lies_in_its_interval_and_same_is_none(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ours = {str(i): [float(90 + rng.integers(10)), 0.0, 100.0] for i in range(20)}
+    other = {source: [sums[0] - float(rng.integers(1, 9)), 0.0, 100.0] for source, sums in ours.items()}
+    a, b = ([{"prompts": "chat", "sources": each}] for each in (ours, other))
+    low, high = subgraphs.draw_losses(a, b)
+    loss = sum(ours[s][0] - other[s][0] for s in ours) / 2000
+    assert 0 < low <= loss <= high < 0.09
+    assert subgraphs.draw_losses(a, a) == [0.0, 0.0]
+
+
+def test_acceptance_by_source_is_that_of_the_whole(traced: subgraphs.Traced) -> None:
+    made = traced.ours(0.2)
+    held = subgraphs.Held(traced.fit, [[str(row % 2) for row in range(batch.shape[0])] for batch in traced.fit])
+    counts = subgraphs.count_accepted(traced.full, made.subgraph, held)
+    accepted, _, positions = (sum(column) for column in zip(*counts.values(), strict=True))
+    whole = measure_acceptance(traced.full, made.subgraph, traced.fit)
+    assert set(counts) == {"0", "1"}
+    assert positions == whole.positions
+    assert accepted / positions == pytest.approx(whole.mean, abs=0.02)  # that one weighs depths alike
+
+
+def test_every_method_has_its_cells() -> None:
+    cells = subgraphs.list_cells(["chat", "code"], [0.125])
+    assert len(set(cells)) == len(cells) == 2 * (1 + len(subgraphs.WHOLE) + len(subgraphs.OTHERS))
+    assert [method for method, _, _ in cells[:2]] == ["ours", "ours"]
+    assert not [method for method, _, _ in subgraphs.list_cells(["chat"], [0.125]) if "other" in method]
