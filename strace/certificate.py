@@ -122,8 +122,8 @@ def load_certificates(folder: Path, names: Iterable[str], setting: Setting) -> d
     for name in names:
         path = setting.path(folder / name)
         if not path.exists():
-            if others := sorted(other.stem for other in path.parent.glob("*.json")):
-                elsewhere[name] = others
+            if settings := sorted(other.stem for other in path.parent.glob("*.json")):
+                elsewhere[name] = settings
             continue
         try:
             certificate = Certificate.model_validate(json.loads(path.read_text(encoding="utf-8")))

@@ -118,7 +118,7 @@ def _score_refitted(full: Decoder, fit: Sequence[Texts]) -> Tensor:
         for i, batch in enumerate(fit):
             real = batch.real.flatten().to(layer.device)
 
-            def tap(name: str, _: int, value: Tensor, real: Tensor = real, sums: Tensor = moments) -> Tensor:
+            def tap(name: str, layer: int, value: Tensor, real: Tensor = real, sums: Tensor = moments) -> Tensor:
                 if name == "act":
                     x = value[real].float()
                     sums += x.T @ x
