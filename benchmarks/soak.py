@@ -19,12 +19,9 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from typing import Any
 import httpx
 import numpy as np
 from machine import describe, finish, read_prompts
+from servers import start_ours
 
 from strace.checkpoint import EMBEDDED
 
@@ -93,26 +91,6 @@ class Looks:
         """MiB per hour by a line through the last three quarters."""
         start = len(self.memory) // 4
         return float(np.polyfit(self.seconds[start:], self.memory[start:], 1)[0]) * 3600 / 2**20
-
-
-@contextmanager
-def serving(model: str, kv_memory: str, users: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A server whose cache is too small for all that is asked; its address."""
-    command = [Path(sys.executable).parent / "strace-llm", "serve", model, "--port", "0", "--kv-memory", kv_memory]
-    command += ["--served-model-name", "soak", "--max-queue", str(max(3, users // 2))]
-    command += ["--step-timeout", str(PATIENCE), "--drain-timeout", str(PATIENCE)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            for line in server.stdout:
-                print(line, end="", file=sys.stderr)
-                if found := re.search(r"API at (\S+)/v1", line):
-                    yield found[1], server
-                    break
-            else:
-                sys.exit("the server did not start")
-        finally:
-            server.kill()
 
 
 class User:
@@ -310,7 +288,9 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.2, help="mean seconds of a user between two requests")
     parser.add_argument("--kv-memory", default="12MiB", help="small, so that texts lose their blocks to each other")
     arguments = parser.parse_args()
-    with serving(arguments.model, arguments.kv_memory, arguments.users) as (address, server):
+    flags = {"kv-memory": arguments.kv_memory, "served-model-name": "soak", "max-queue": max(3, arguments.users // 2)}
+    flags |= {"step-timeout": PATIENCE, "drain-timeout": PATIENCE}
+    with start_ours(arguments.model, flags) as (address, server):
         seconds = 60 * arguments.minutes
         tally, looks, figures = asyncio.run(soak(address, server.pid, arguments.users, seconds, arguments.pause))
         server.send_signal(signal.SIGTERM)
