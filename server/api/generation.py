@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import anyio
 from fastapi import Request as HttpRequest
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.background import BackgroundTask
 
 from server.api.errors import ApiError, count
@@ -35,6 +37,33 @@ KEEP_ALIVE_SECONDS = 15  # between comments in a stream that has no news; proxie
 SEND_SECONDS = 5  # for what was generated before the server stopped to reach its readers
 
 
+class Mailbox:
+    """Brings what the engine's thread delivers to an event loop, which is woken once for all that comes together."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)  # which the mailbox must not outlive: see _mailboxes
+        self._mail: deque[Callable[[], None]] = deque()
+        self._woken = False
+
+    def put(self, deliver: Callable[[], None]) -> None:
+        """Have `deliver` called in the loop. From any thread."""
+        self._mail.append(deliver)
+        if not self._woken:
+            self._woken = True
+            # The loop may be closed when the process is on its way out; then nobody waits for news.
+            with suppress(RuntimeError):
+                if loop := self._loop():
+                    loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._woken = False  # first: what comes from here on wakes the loop again
+        while self._mail:
+            self._mail.popleft()()
+
+
+_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+
+
 class ClientGone(Exception):
     """The client hung up; nobody reads an answer."""
 
@@ -48,8 +77,9 @@ class Generation:
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request], timeout: float | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._timeout, self._deadline = timeout, None if timeout is None else self._loop.time() + timeout
+        loop = asyncio.get_running_loop()
+        self._mailbox = _mailboxes.setdefault(loop, Mailbox(loop))
+        self._timeout, self._deadline = timeout, None if timeout is None else loop.time() + timeout
         self._news: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
         self._handles = []
         self._open = len(requests)
@@ -62,9 +92,7 @@ class Generation:
 
     def _deliver(self, index: int, news: Update | Exception) -> None:
         """Called in the engine's thread."""
-        # The loop may be closed when the process is on its way out; then nobody waits for news.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+        self._mailbox.put(partial(self._news.put_nowait, (index, news)))
 
     def cancel(self) -> None:
         """End whatever still runs."""
@@ -136,6 +164,12 @@ async def _disconnect(request: HttpRequest) -> None:
         pass
 
 
+def _encode(data: str, name: str | None = None) -> bytes:
+    """One server-sent event; data: of one line, as JSON is."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {data}\n\n".encode()
+
+
 def event_stream(
     generation: Generation, chunks: AsyncIterator[Reply], metrics: Metrics, named: bool = False
 ) -> EventSourceResponse:
@@ -144,16 +178,16 @@ def event_stream(
     named: events bear their `type` as name, as those of /v1/responses do; the others end with `[DONE]`.
     """
 
-    async def events() -> AsyncIterator[ServerSentEvent]:
+    async def events() -> AsyncIterator[bytes]:
         with generation:
             try:
                 async for chunk in chunks:
                     name = getattr(chunk, "type", None) if named else None
-                    yield ServerSentEvent(chunk.model_dump_json(), event=name)
+                    yield _encode(chunk.model_dump_json(), name)
             except Exception as error:
-                yield ServerSentEvent(ErrorBody(error=count(error, metrics).detail).model_dump_json())
+                yield _encode(ErrorBody(error=count(error, metrics).detail).model_dump_json())
             if not named:
-                yield ServerSentEvent("[DONE]")
+                yield _encode("[DONE]")
 
     return EventSourceResponse(
         events(),

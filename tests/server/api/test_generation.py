@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import pytest
 from starlette.types import Message, Receive, Send
 
 from server.api import generation as module
-from server.api.generation import Generation, event_stream
+from server.api.generation import Generation, Mailbox, event_stream
 from server.api.protocol import Health, Reply
 from server.engine.request import Request
 from server.metrics import Metrics
@@ -77,6 +78,24 @@ def test_a_long_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch)
     assert len(sent) == 4
     assert all(line.startswith(b": ") and line.endswith(b"\n\n") for line in sent[1:])
     assert engine.handles[0].cancelled.is_set()
+
+
+def test_what_comes_together_wakes_the_loop_once() -> None:
+    class Loop:
+        def __init__(self) -> None:
+            self.called: list[Callable[[], None]] = []
+
+        def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+            self.called.append(callback)
+
+    loop, got = Loop(), list[int]()
+    mailbox = Mailbox(loop)
+    for round in range(2):
+        for number in range(3):
+            mailbox.put(partial(got.append, 3 * round + number))
+        assert len(loop.called) == round + 1
+        loop.called[-1]()
+    assert got == list(range(6))
 
 
 def test_failed_submission_cancels_the_earlier_ones() -> None:
