@@ -97,6 +97,7 @@ def serve(
     context: Context = None,
     served_model_name: Annotated[str | None, setting("served_model_name")] = None,
     api_key: Annotated[str | None, setting("api_key")] = None,
+    max_running: Annotated[int | None, setting("max_running")] = None,
     max_queue: Annotated[int | None, setting("max_queue")] = None,
     kv_memory: Annotated[str | None, setting("kv_memory")] = None,
     prefix_cache: Annotated[bool | None, setting("prefix_cache", "--prefix-cache/--no-prefix-cache")] = None,

@@ -42,6 +42,7 @@ class EngineConfig(BaseSettings):
     risk: float | None = Field(
         None, gt=0, lt=1, description="auto runs routed where this mean divergence is certified; default: exact"
     )
+    max_running: int = Field(16, ge=1, le=256, description="requests that are decoded side by side")
     max_queue: int = Field(64, ge=1, description="requests that may wait before new ones are refused with 429")
 
 

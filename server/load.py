@@ -25,7 +25,7 @@ from strace.kv import BLOCK
 
 def make_options(config: EngineConfig) -> Options:
     """The engine's settings: `auto` is exact unless the operator allows a risk."""
-    options = Options(max_waiting=config.max_queue, prefix_cache=config.prefix_cache)
+    options = Options(max_running=config.max_running, max_waiting=config.max_queue, prefix_cache=config.prefix_cache)
     return options if config.risk is None else replace(options, auto=Mode.ROUTED, risk=config.risk)
 
 

@@ -111,6 +111,9 @@ class Metrics:
         self.inter_token = histogram("inter_token_latency_seconds", "Time between successive pieces of a text", SHORT)
         self.latency = histogram("e2e_request_latency_seconds", "From submission to the end", LONG)
         self.queue_time = histogram("request_queue_time_seconds", "From submission to admission", LONG)
+        self.step_seconds = counter("step_seconds", "Time spent in steps, by whether the runner took it", "part")
+        self.in_runner, self.outside = self.step_seconds.labels("runner"), self.step_seconds.labels("engine")
+        self.passes = counter("passes", "Passes over the weights", "graph")
         self.judges = Judges()
         self.registry.register(self.judges)
 
@@ -134,7 +137,11 @@ class Metrics:
         self.judges.guard, self.judges.auditor = guard, auditor
 
     def on_step(self, step: Step) -> None:
-        """Nothing is counted by step: what a step did shows in its requests' accounts."""
+        """Add what a step took; what it did for a request shows in the request's accounts."""
+        self.in_runner.inc(step.runner_seconds)
+        self.outside.inc(max(0.0, step.seconds - step.runner_seconds))
+        for graph, passes in step.passes.items():
+            self.passes.labels(graph).inc(passes)
 
     def on_finish(self, ran: Ran, times: Times, outcome: str) -> None:
         """Add a finished request's accounts and times."""

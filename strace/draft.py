@@ -123,11 +123,12 @@ class Draft:
     q: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Held:
     """Drafts of one text that await the full model's verdict.
 
-    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`.
+    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`. (Not frozen,
+    nor are others that are made for each text in each step: that would take three times as long.)
     """
 
     row: int

@@ -72,7 +72,7 @@ class Noise:
         return -(-u.clamp_min(1e-300).log()).log()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sampler:
     """How the next tokens of one sequence are drawn.
 

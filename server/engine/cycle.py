@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,22 @@ class Rows:
             self.spans[sequence] = span[-left:]
 
 
+class Spent:
+    """What a step has taken of the runner: seconds, and passes by graph."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.passes: dict[str, int] = {}
+
+    def add(self, begun: float, graph: str | None = None, passes: int = 1) -> float:
+        """Book a call that began at `begun` and has just ended; its seconds."""
+        seconds = time.perf_counter() - begun
+        self.seconds += seconds
+        if graph is not None:
+            self.passes[graph] = self.passes.get(graph, 0) + passes
+        return seconds
+
+
 class Cycle:
     """What all steps share."""
 
@@ -53,9 +70,11 @@ class Cycle:
         self._options = options
         self._longest = max(options.max_draft, options.run_limit)
         self._turn = Turn(0)
+        self.spent = Spent()
 
     def draft(self, plan: Plan) -> None:
         """Draw drafts, batched per subgraph, where the guard lets them and they pay, and book them."""
+        self.spent = Spent()
         keys = {_key(s) for s in plan.decoding if s.ran.mode != Mode.FULL}
         self._turn = turn = self.guard.turn(keys, len(plan.decoding), measurable=not plan.chunks)
         planned = len(plan.decoding) + sum(plan.chunks.values())
@@ -78,7 +97,8 @@ class Cycle:
         """The sequences of one graph that shall draw, and the rule they draw by. Where none does and the guard probes,
         all of them do: several drafts each, because the cost of a lone one would be mostly that of the call."""
         able = {s: limit for s, limit in limits.items() if limit.left() > 0}
-        paying = {s: limit for s, limit in able.items() if rule.pays(1.0, len(able), 0, limit.left())}
+        pays = {most: rule.pays(1.0, len(able), 0, most) for most in {limit.left() for limit in able.values()}}
+        paying = {s: limit for s, limit in able.items() if pays[limit.left()]}
         if paying or not able or not self._turn.probe:
             return rule, paying
         self._turn.forced.add(graph)
@@ -90,12 +110,12 @@ class Cycle:
 
     def _draft_with(self, graph: str, plan: DraftPlan, sequences: list[Sequence]) -> int:
         """Draw and book the drafts of one graph; how many tokens they add to the full pass."""
-        begun = time.perf_counter()
-        drafts = self.runner.draft(graph, _batch({s: s.ids[s.verified :] for s in sequences}), plan)
+        batch, begun = _batch({s: s.ids[s.verified :] for s in sequences}), time.perf_counter()
+        drafts = self.runner.draft(graph, batch, plan)
         alive = count_alive(drafts)
-        self._turn.drafting[graph] = time.perf_counter() - begun
+        self._turn.drafting[graph] = seconds = self.spent.add(begun, graph, len(alive))
         if alive:  # a grammar may leave a short head nothing to draw
-            self.cost.observe(graph, alive, self._turn.drafting[graph])
+            self.cost.observe(graph, alive, seconds)
         for sequence, draft in zip(sequences, drafts, strict=True):
             self._turn.drafted[_key(sequence)] += len(draft.tokens)
             sequence.book(draft)
@@ -116,7 +136,10 @@ class Cycle:
             if count := wanted[sequence]:
                 spans[sequence] = range(len(rows), len(rows) + count)
                 rows += range(end - count, end)
-        return Rows(self.runner.forward(FULL, _batch(tokens), rows), spans)
+        batch, begun = _batch(tokens), time.perf_counter()
+        logits = self.runner.forward(FULL, batch, rows)
+        self.spent.add(begun, FULL)
+        return Rows(logits, spans)
 
     def settle(self, rows: Rows, plan: Plan) -> dict[Sequence, Exception]:
         """Bring every text to its next verified state; those that could not be, and why."""
@@ -125,7 +148,9 @@ class Cycle:
                 rows.read_prompt(sequence)
             sequence.verified += count
         settling = {s: audit(s, rows.logits, span.start, self.runner) for s, span in rows.spans.items()}
-        verdicts = self.runner.verify(rows.logits, [each.held for each in settling.values()])
+        held, begun = [each.held for each in settling.values()], time.perf_counter()
+        verdicts = self.runner.verify(rows.logits, held)
+        self.spent.add(begun)
         failed: dict[Sequence, Exception] = {}
         for (sequence, each), tokens in zip(settling.items(), verdicts, strict=True):
             try:
@@ -166,6 +191,6 @@ def _key(sequence: Sequence) -> Key:
 
 def _batch(tokens: dict[Sequence, list[int]]) -> Batch:
     """One pass over each sequence's next tokens, from its first unverified position on."""
-    joined = torch.tensor([token for block in tokens.values() for token in block], dtype=torch.int64)
+    joined = torch.from_numpy(np.array([token for block in tokens.values() for token in block], dtype=np.int64))
     tables = torch.stack([s.table for s in tokens])
     return Batch(joined, [len(block) for block in tokens.values()], [s.verified for s in tokens], tables)

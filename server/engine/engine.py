@@ -400,7 +400,8 @@ class Engine:
         except Exception as error:
             self._shed(plan, error)  # those that are left go on without a draft
         for sequence in plan.decoding:
-            self._deliver(sequence)
+            if sequence.emitted:
+                self._deliver(sequence)
         begun, rows = time.perf_counter(), self._full_pass(plan)
         plain = not any(s.draft.tokens for s in plan.decoding)
         for sequence, failure in self.cycle.settle(rows, plan).items():
@@ -429,7 +430,8 @@ class Engine:
         if not plan.chunks:
             self.cycle.account(before, seconds, plain)
         tokens = sum(s.ran.tokens - n for s, n in before.items())
-        self.observer.on_step(Step(seconds, len(plan.decoding), sum(plan.chunks.values()), tokens))
+        spent, chunks = self.cycle.spent, sum(plan.chunks.values())
+        self.observer.on_step(Step(seconds, len(plan.decoding), chunks, tokens, spent.seconds, spent.passes))
 
     def _deliver(self, sequence: Sequence) -> None:
         """Hand on what is new. A receiver that fails has given its request up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,13 +13,15 @@ from server.engine.sequence import Times
 @dataclass(frozen=True)
 class Step:
     """One turn of the engine: how long it took, the sequences it decoded, the prompt tokens it read, the tokens it
-    emitted.
+    emitted; the part of its time that was the runner's, and the passes of each graph.
     """
 
     seconds: float
     decoding: int
     prompt_tokens: int
     tokens: int
+    runner_seconds: float
+    passes: Mapping[str, int]
 
 
 class Observer(Protocol):

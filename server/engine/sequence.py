@@ -119,9 +119,18 @@ class Sequence:
         """Length of the text with all drafts that the next step may draw."""
         if self.ran.mode == Mode.FULL:
             return len(self.ids)
-        limits = self.limits(options)
-        sure = limits.emitted if limits.threshold <= 1 else 0
-        return len(self.ids) + min(limits.room, limits.held + sure)
+        # The full model itself adds the last token before the limit.
+        return len(self.ids) + max(0, min(self.most_tokens - len(self.ids) - 1, self.most_drafts(options)))
+
+    def most_drafts(self, options: Options) -> int:
+        """Drafts of a step at most, had the text no end."""
+        if self.ran.mode == Mode.ROUTED:
+            limits = self.limits(options)
+            return limits.held + (limits.emitted if limits.threshold <= 1 else 0)
+        held = options.max_draft if options.draft_length is None else min(options.max_draft, options.draft_length)
+        if self.request.max_draft is not None:
+            held = min(held, self.request.max_draft)
+        return held
 
     def limits(self, options: Options) -> DraftLimits:
         """Where this step's draft ends."""

@@ -14,7 +14,7 @@ from strace.runner import Runner
 from strace.sampling import Sampler, total_variation
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Settling:
     """A text between the full pass and the verdict on what it holds.
 
@@ -36,13 +36,15 @@ def audit(sequence: Sequence, logits: Tensor, row: int, runner: Runner) -> Settl
     What was emitted has its rows overwritten.
     """
     draft, emitted = sequence.take_draft()
-    rows = logits[row : row + len(draft.tokens) + 1]
-    raw = None if sequence.request.logprobs is None else rows[emitted:].clone()
-    unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, rows.clone(), runner)
-    divergences = _diverge(draft, emitted, rows, sequence.sampler(back=emitted), runner)
+    first, end = row + emitted, row + len(draft.tokens) + 1
+    raw = None if sequence.request.logprobs is None else logits[first:end].clone()
+    unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, logits[row:end].clone(), runner)
+    if not emitted:
+        return Settling(draft, [], raw, unseen, Held(first, draft.tokens, draft.q, sequence.sampler()))
+    divergences = _diverge(draft, emitted, logits[row:first], sequence.sampler(back=emitted), runner)
     sequence.ran.divergent += sum(divergences)
     q = None if draft.q is None else draft.q[emitted:]
-    held = Held(row + emitted, draft.tokens[emitted:], q, sequence.sampler())
+    held = Held(first, draft.tokens[emitted:], q, sequence.sampler())
     return Settling(draft, [1 - divergence for divergence in divergences], raw, unseen, held)
 
 

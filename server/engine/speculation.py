@@ -24,8 +24,9 @@ class Calibration:
     """Share of drafts that the full model accepts, by the draft's confidence; old evidence fades."""
 
     def __init__(self) -> None:
-        self._accepted = np.full(_BINS + 1, _PRIOR * _WEIGHT)
-        self._judged = np.full(_BINS + 1, _WEIGHT)
+        # Lists: a step judges single entries, for which an array takes several times as long.
+        self._accepted = [_PRIOR * _WEIGHT] * (_BINS + 1)
+        self._judged = [_WEIGHT] * (_BINS + 1)
 
     def judge(self, confidence: float, accepted: float) -> None:
         """Learn one outcome; the last entry is over all confidences."""
@@ -36,7 +37,7 @@ class Calibration:
     @property
     def acceptance(self) -> np.ndarray:
         """float64 [bins + 1]: a_hat of a draft by its confidence; the last of one not yet drawn."""
-        return self._accepted / self._judged
+        return np.array(self._accepted) / self._judged
 
 
 class Speculation:

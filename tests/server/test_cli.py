@@ -130,6 +130,7 @@ def test_wrong_flag(flags: list[str], named: str) -> None:
         ("--port", "70000"),
         ("--device", "tpu"),
         ("--served-model-name", "a:b"),
+        ("--max-running", "0"),
         ("--max-queue", "0"),
         ("--api-key", ""),
         ("--kv-memory", "much"),

@@ -33,7 +33,10 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "divergent_tokens": ("class",),
     "decode_seconds": ("mode", "class"),
     "decode_full_equivalent_seconds": ("mode", "class"),
+    "step_seconds": ("part",),
+    "passes": ("graph",),
 }
+STEP = Step(0.1, 1, 0, 1, 0.075, {"full": 1, "code": 4})
 HISTOGRAMS = [
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
@@ -100,6 +103,7 @@ def test_everything_exposed_is_named() -> None:
     """`metric_names` hides nothing that a scrape shows but the creation times of the Prometheus client."""
     metrics = Metrics()
     metrics.on_finish(RAN, TIMES, "stop")
+    metrics.on_step(STEP)
     metrics.errors.labels("server_error").inc()
     metrics.info.labels("1", "m", "bf16", "cpu").set(1)
     metrics.watch_judges(*judges())
@@ -173,7 +177,10 @@ def test_verdicts_are_shown() -> None:
 
 def test_two_servers_share_nothing() -> None:
     one, other = Metrics(), Metrics()
-    one.on_step(Step(0.1, 1, 0, 1))
+    one.on_step(STEP)
+    assert value(one, "step_seconds_total", part="runner") == 0.075
+    assert value(one, "step_seconds_total", part="engine") == pytest.approx(0.025)
+    assert value(one, "passes_total", graph="code") == 4
     one.on_finish(RAN, TIMES, "stop")
     assert value(other, "prompt_tokens_total") == 0
     assert b"strace_llm_prompt_tokens_total 7.0" in generate_latest(one.registry)

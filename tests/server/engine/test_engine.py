@@ -99,6 +99,9 @@ def test_the_observer_sees_everything() -> None:
     got = decode(make_engine(observer=seen), make_request(max_tokens=20), make_request([9] * 40, Mode.FULL, 20))
     assert sum(step.tokens for step in seen.steps) == 40
     assert sum(step.prompt_tokens for step in seen.steps) == 43
+    assert {step.passes["full"] for step in seen.steps} == {1}
+    assert sum(step.passes.get("pooled", 0) for step in seen.steps) == got[0].ran.drafted
+    assert all(0 < step.runner_seconds <= step.seconds for step in seen.steps[1:])
     assert [outcome for _, _, outcome in seen.finished] == ["length", "length"]
     for _, times, _ in seen.finished:
         assert times.submitted <= times.admitted <= times.updates[0] <= times.updates[-1] <= times.finished
