@@ -190,6 +190,7 @@ def test_two_servers_share_nothing() -> None:
 def test_labels(name: str, labels: tuple[str, ...]) -> None:
     metrics = Metrics()
     metrics.on_finish(RAN, TIMES, "stop")
+    metrics.on_step(STEP)
     metrics.errors.labels("server_error").inc()
     (family,) = (f for f in metrics.registry.collect() if f.name == P + name)
     counted = [set(s.labels) for s in family.samples if s.name.endswith("_total")]
