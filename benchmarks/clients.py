@@ -73,8 +73,9 @@ async def ask(address: str, body: dict[str, Any]) -> Answer:
     if b" 200 " not in status or not last:
         raise RuntimeError(f"{address} answered {status.decode().strip() or 'nothing'}")
     told = json.loads(last.removeprefix(b"data: "))
-    answer.events.pop()  # the last one has the counts and no text
-    if not told.get("usage") or not answer.events:
+    if not told.get("usage"):
         raise RuntimeError(f"{address} ended with {last[:200].decode()}")
+    if len(answer.events) > 1:  # an empty text has no other
+        answer.events.pop()  # which has the counts and no text
     answer.tokens, answer.ran = told["usage"]["completion_tokens"], told.get("strace") or {}
     return answer
