@@ -133,7 +133,7 @@ class User:
     async def whole(self) -> None:
         body = self.make()
         response = await self.client.post("/v1/completions", json=self.named(body))
-        if self.accepted(response.status_code, response.text):
+        if self.accepted(response.status_code, response.text, body["n"]):
             choices = response.json()["choices"]
             self.note(len(choices) == body["n"], f"{len(choices)} answers of {body['n']}")
             self.note(all(c["finish_reason"] in ("stop", "length") for c in choices), "an answer without an end")
@@ -142,7 +142,8 @@ class User:
     async def stream(self) -> None:
         body = self.make()
         async with self.open(body) as response:
-            if not self.accepted(response.status_code, "" if response.status_code == 200 else await read(response)):
+            text = "" if response.status_code == 200 else await read(response)
+            if not self.accepted(response.status_code, text, body["n"]):
                 return
             ends: Counter[int] = Counter()
             lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line.startswith("data: ")]
@@ -197,10 +198,11 @@ class User:
     def named(body: dict[str, Any]) -> dict[str, Any]:
         return {"model": "soak"} | body
 
-    def accepted(self, status: int, text: str) -> bool:
-        """Whether a good request was; a full queue is no fault."""
+    def accepted(self, status: int, text: str, answers: int = 1) -> bool:
+        """Whether a good request was; a full queue is no fault, and may have taken all answers but the last."""
         if status == 429:
             self.tally.requests["refused"] += 1
+            self.tally.left += answers - 1
         else:
             self.note(status == 200, f"a good request got {status}: {text[:200]}")
         return status == 200
