@@ -29,7 +29,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class Traced:
     @cached_property
     def flow(self) -> Flow:
         some = self.fit[:: max(1, len(self.fit) // 2)]
-        return Flow(**self._keep("flow", lambda: flow_tensors(measure_flow(self.full, some))))
+        return make_flow(self._keep("flow", lambda: flow_tensors(measure_flow(self.full, some))))
 
     @cached_property
     def head(self) -> pipeline.Head:
@@ -116,9 +116,9 @@ class Traced:
     @cached_property
     def refit(self) -> Flow:
         spec = self.full.spec
-        shapes = (spec.layers, spec.kv_heads), (spec.layers, spec.mlp), (0,)
-        nothing = Flow(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))  # attention is kept whole
-        return Flow(**self._keep("refit", lambda: flow_tensors(score_units("refit", nothing, self.full, self.fit))))
+        groups, neurons = (torch.zeros(spec.layers, n, dtype=torch.float64) for n in (spec.kv_heads, spec.mlp))
+        nothing = Flow(groups, neurons, torch.zeros(0))  # attention is kept whole
+        return make_flow(self._keep("refit", lambda: flow_tensors(score_units("refit", nothing, self.full, self.fit))))
 
     def make(self, plan: Plan, scores: Flow, repaired: bool = True, on: Traced | None = None) -> Made:
         """A plan's subgraph, repaired on the texts of another class where `on` is given; layers that several heads
@@ -148,9 +148,10 @@ class Traced:
         for format in ("int4",) if size < 0.4 else ("int4", "int8"):
             for coverage in coverages if format == "int4" else (0.995,):
                 ids = self.head.cut(coverage)
-                plan = fit_size(Plan("ours", coverage=coverage, format=format), self.refit, self.full.spec, ids, budget)
-                if plan is not None and plan.mlp > 0:
-                    made = self.make(plan, self.refit)
+                asked = Plan("ours", coverage=coverage, format=format)
+                fitted = fit_size(asked, self.refit, self.full.spec, ids, budget)
+                if fitted is not None and fitted.mlp > 0:
+                    made = self.make(fitted, self.refit)
                     tried.append((measure_acceptance(self.full, made.subgraph, self.choose).mean, made))
         best = max(tried, key=lambda t: t[0])[1]
         save_tensors(path, best.subgraph, best.kept)
@@ -181,6 +182,11 @@ class Traced:
 def flow_tensors(flow: Flow) -> dict[str, Tensor]:
     """What of a flow decides which units are kept, and `levels`."""
     return {"groups": flow.groups, "neurons": flow.neurons, "levels": flow.levels}
+
+
+def make_flow(tensors: dict[str, Tensor]) -> Flow:
+    """The inverse of `flow_tensors`."""
+    return Flow(tensors["groups"], tensors["neurons"], tensors["levels"])
 
 
 def emulate(full: Decoder, bits: int) -> tuple[Decoder, float]:
@@ -268,7 +274,8 @@ def read_held(checkpoint: Checkpoint, name: str, tokens: int) -> Held:
 @torch.inference_mode()
 def count_accepted(full: Decoder, subgraph: Decoder, held: Held) -> Counts:
     """By source what is accepted at temperature 1, what agrees, and of how many positions; in draft blocks of 8."""
-    generator, counts = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    counts: Counts = {}
     for batch, sources in zip(held.batches, held.sources, strict=True):
         whole, own = block_streams(full, subgraph, batch, even_starts(batch.shape, generator))
         for row, (real, source) in enumerate(zip(batch.real, sources, strict=True)):
@@ -371,7 +378,7 @@ def main() -> None:
     results = Results(arguments.state)
     held = {name: read_held(checkpoint, name, arguments.tokens) for name in arguments.classes}
     for method, name, size in list_cells(arguments.classes, arguments.sizes):
-        results.add(name, method, size, lambda m=method, n=name, s=size: measure_method(m, n, s, traced, held[n]))
+        results.add(name, method, size, partial(measure_method, method, name, size, traced, held[name]))
     finish(
         {
             "benchmark": "subgraphs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import modes
 import numpy as np
 import predicted
 import pytest
@@ -33,7 +34,7 @@ def test_what_was_predicted_stands_beside_what_happened() -> None:
     assert predicted.compare([Ran(Mode.EXACT, "code", 10, bypass="why")], [0.9], full, draft) == {"bypassed": 1}
 
 
-@pytest.mark.parametrize("name", predicted.CLASSES)
+@pytest.mark.parametrize("name", modes.CLASSES)
 def test_no_prompt_is_one_that_was_tuned_on(name: str) -> None:
     def read(folder: str) -> set[str]:
         lines = (BENCHMARKS / folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
