@@ -272,6 +272,8 @@ def configure(kind: type[C], **flags: Any) -> C:
         return kind(**given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # flags that do not go together
+            fail(first["msg"].removeprefix("Value error, "), WRONG_USAGE)
         name = str(first["loc"][0])
         flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
         fail(f"{flag} (or STRACE_LLM_{name.upper()}): {first['msg']}", WRONG_USAGE)
