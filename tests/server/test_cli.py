@@ -302,7 +302,7 @@ def test_tls_and_keys(tiny: Path, tmp_path: Path) -> None:
 def test_half_a_key_pair_and_an_empty_key_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n")
     assert "--tls-certificate and --tls-key" in check_failure(2, run("serve", str(tiny), "--tls-key", "x"))
-    assert "holds no key" in check_failure(2, run("serve", str(tiny), "--api-key-file", str(tmp_path / "keys")))
+    assert "holds no key" in check_failure(1, run("serve", str(tiny), "--api-key-file", str(tmp_path / "keys")))
 
 
 def check_drained(address: str, process: subprocess.Popen[str]) -> None:
