@@ -43,8 +43,9 @@ def run_from(wheel: Path, folder: Path, *arguments: str) -> subprocess.Completed
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     start = "import sys; from server.cli import main; sys.exit(main())"
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", start, *arguments]
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *packages]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-S", "-c", start, *arguments]  # without site, whose editable install would come first
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
 
 
