@@ -23,10 +23,10 @@ from strace.decoder import Decoder
 from strace.draft import Held
 from strace.files import file_beside
 from strace.kv import BLOCK, Batch
-from strace.measure import ROW_CHUNK, block_streams
+from strace.measure import block_streams
 from strace.runner import FULL, Runner
 from strace.sampling import Noise, Sampler, SamplingParams, total_variation
-from strace.texts import Texts, batch_texts
+from strace.texts import Texts, batch_texts, split_rows
 
 TABLE = "positions.safetensors"
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -210,7 +210,8 @@ def _compare_rows(
     """The columns that the distributions of one text's rows give."""
     nexts = torch.tensor(text.ids[text.given :])
     columns: list[dict[str, Tensor]] = []
-    for a, b, x in zip(p_stream.split(ROW_CHUNK), q_stream.split(ROW_CHUNK), nexts.split(ROW_CHUNK), strict=True):
+    parts = (split_rows(rows, full.spec.vocabulary) for rows in (p_stream, q_stream, nexts))
+    for a, b, x in zip(*parts, strict=True):
         wanted, short = full.logits(a).cpu(), subgraph.logits(b).cpu()
         rows = short
         if subgraph.token_ids is not None:

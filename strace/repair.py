@@ -44,9 +44,9 @@ class Moments:
     def add(self, x: Tensor, r: Tensor | None = None) -> None:
         """Count rows in; without r only the inputs' moments grow."""
         x = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
-        self.xx += (x.T @ x).double()
+        self.xx += x.T @ x
         if r is not None:
-            self.xr += (x.T @ r).double()
+            self.xr += x.T @ r
             self.rr += r.double().square().sum()
 
     @property
@@ -57,7 +57,7 @@ class Moments:
     def centred(self) -> tuple[Tensor, Tensor]:
         """[K, K] and [K, D] about the means: what is left for a weight when the bias takes the means."""
         n, x, r = self.xx[-1, -1], self.xx[:-1, -1], self.xr[-1]
-        return self.inputs - torch.outer(x, x) / n, self.xr[:-1] - torch.outer(x, r) / n
+        return self.inputs - torch.outer(x, x).div_(n), self.xr[:-1] - torch.outer(x, r).div_(n)
 
     def bias(self, weight: Tensor) -> Tensor:
         """float64 [D]: the mean of r - W x."""
