@@ -23,7 +23,7 @@ from torch import Tensor
 from strace.checkpoint import Checkpoint
 from strace.classes import POOLED
 from strace.decoder import Decoder, Layer
-from strace.files import file_beside, folder_beside
+from strace.files import file_beside, folder_beside, write_beside
 from strace.keep import Kept, Plan, slice_layer, take
 from strace.layers import map_layers
 from strace.linear import Codes, Linear
@@ -126,10 +126,21 @@ class Measured(_Record):
     on_policy: dict[str, OnPolicy] = {}
 
 
+class Beside(_Record):
+    """A class beside `pooled`, whose subgraph has the tensors of the hash `pooled`: what is predicted to be gained at
+    temperature 1, the middle 95 % of draws of the sources (strace.beside), and how many sources those are."""
+
+    pooled: str
+    gain: float
+    interval: tuple[float, float]
+    sources: int
+
+
 class Manifest(_Record):
-    """All that `subgraph.json` says. `recipe` is the hash of everything that the result depends on. A subgraph that
-    does not pay where it was traced is not served: `why` says so, and `pooled` drafts for the class. distilled: minutes
-    of training that the subgraph went through; 0 also where training did not pay."""
+    """All that `subgraph.json` says. `recipe` is the hash of everything that the tensors depend on. A subgraph that
+    does not pay where it was traced, or does not surely gain `beside` pooled, is not served: `why` says so, and
+    `pooled` drafts for the class. distilled: minutes of training that the subgraph went through; 0 also where training
+    did not pay."""
 
     schema_version: Literal[1] = 1
     class_name: str = Field(alias="class")
@@ -147,6 +158,7 @@ class Manifest(_Record):
     measured: Measured
     candidates: list[Candidate]
     machine: Machine
+    beside: Beside | None = None
     tensors_hash: str = ""
 
 
@@ -221,8 +233,17 @@ def save_subgraph(
         if positions is not None:
             positions.save(beside)
         manifest = manifest.model_copy(update={"tensors_hash": _hash_file(beside / TENSORS)})
-        (beside / MANIFEST).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+        (beside / MANIFEST).write_text(_format(manifest), encoding="utf-8")
     return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a subgraph that is there, in place of its old one."""
+    write_beside(folder / MANIFEST, _format(manifest))
+
+
+def _format(manifest: Manifest) -> str:
+    return manifest.model_dump_json(by_alias=True, indent=1) + "\n"
 
 
 def _hash_file(path: Path) -> str:

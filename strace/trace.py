@@ -20,8 +20,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from strace.beside import Drafter, compare_speedups
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import (
+    POOLED,
     SHARES,
     BadPrompts,
     Parts,
@@ -63,6 +65,7 @@ from strace.subgraph import (
     SCHEMA,
     BadSubgraph,
     Base,
+    Beside,
     Candidate,
     Data,
     KeptLayer,
@@ -70,9 +73,11 @@ from strace.subgraph import (
     Manifest,
     Measured,
     OnPolicy,
+    load_subgraph,
     read_manifest,
     read_tensors,
     restore_tensors,
+    save_manifest,
     save_subgraph,
     save_tensors,
 )
@@ -317,6 +322,29 @@ class Tracer:
             work.parent.rmdir()
         return saved
 
+    def compare_pooled(self, name: str, material: Material) -> Manifest | None:
+        """Draft for a class with its own subgraph and with `pooled`'s, and write down whether its own is to be served;
+        None where the two were compared before."""
+        folder, drafters = self.options.output, []
+        manifest, pooled = (read_manifest(folder / each) for each in (name, POOLED))
+        if manifest.beside is not None and manifest.beside.pooled == pooled.tensors_hash:
+            return None
+        texts = self.continue_part(material, "report", (1.0,))
+        self.rest()
+        for each in (name, POOLED):
+            subgraph = load_subgraph(folder / each, self.checkpoint, self.full)
+            positions = measure_positions(self.full, subgraph, texts, self.options.seed)
+            drafters.append(Drafter(positions, self.costs.c(subgraph)))
+        gain, low, high = compare_speedups(drafters[0], drafters[1], self.costs.v, self.options.seed)
+        sources = len(drafters[0].positions.sources)
+        beside = Beside(pooled=pooled.tensors_hash, gain=gain, interval=(low, high), sources=sources)
+        [best] = [c for c in manifest.candidates if c.plan == manifest.plan]
+        pays, why = judge(best, manifest.candidates, beside)
+        self.say(f"{name}: {why}")
+        judged = manifest.model_copy(update={"beside": beside, "pays": pays, "why": why})
+        save_manifest(folder / name, judged)
+        return judged
+
     def continue_part(self, material: Material, use: str, temperatures: Sequence[float]) -> list[Continuation]:
         """The prompts of a use, continued by the full model at each temperature."""
         stop, seed = self.checkpoint.stop_ids, self.options.seed
@@ -501,15 +529,19 @@ def choose(tried: Sequence[Tried]) -> Tried:
     return max((t for t in tried if t.record.speedup >= 0.99 * most), key=lambda t: t.record.greedy)
 
 
-def judge(best: Candidate, tried: Sequence[Candidate]) -> tuple[bool, str]:
-    """Whether the best candidate shall be served, and why it or none is."""
+def judge(best: Candidate, tried: Sequence[Candidate], beside: Beside | None = None) -> tuple[bool, str]:
+    """Whether the best candidate shall be served, and why it or none is; a class's must surely gain `beside` pooled."""
     predicted = f"highest predicted speedup ({best.speedup:.2f}, greedy {best.greedy:.2f})"
     text = f"{best.plan.name}: {predicted} of {len(tried)} candidates"
     if best.speedup < WORTH:
         return False, f"no subgraph: {text}; below {WORTH} on this machine and runner, where it does not pay"
     if not best.plan.repaired:
         return False, f"no subgraph: {text}; the whole model in {best.plan.format} needs none"
-    return True, text
+    if beside is None:
+        return True, text
+    low, high = beside.interval
+    over = f"{beside.gain:+.2f} ({low:+.2f} to {high:+.2f} in 95 % of draws of {beside.sources} sources) over pooled"
+    return (True, f"{text}; {over}") if low > 0 else (False, f"no subgraph: {text}; {over}, which serves as well")
 
 
 def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
@@ -609,6 +641,8 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
             for projection in projections:
                 say(tell_projected(made[name] or read_manifest(options.output / name), projection))
             tracer.progress(1.0)
+        for name in classes if len(classes) > 1 else ():  # pooled of one class is that class
+            made[name] = tracer.compare_pooled(name, materials[name]) or made[name]
     except OSError as error:
         raise OSError(f"{error}; what is done is kept in {options.output}, the same command goes on there") from error
     return {name: manifest for name, manifest in made.items() if manifest is not None}
