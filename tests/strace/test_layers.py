@@ -162,7 +162,7 @@ from strace.trace import Options, trace
 folder = Path(sys.argv[1])
 cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
 pipeline.price_steps, pipeline.WRITTEN = lambda *_: cheap, 4
-pipeline.plan_candidates = lambda *_: [Plan("part", mlp=0.5, coverage=0.9, units="refit")]
+pipeline.plan_candidates = lambda *_: [Plan("part", mlp=0.5, coverage=0.9, format="int8")]
 flow.STREAMS = layers.ROOM = 0
 trace(Options(str(folder / "model"), folder / "out", folder / "letters.jsonl", class_name="letters"), lambda line: None)
 [peak] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
