@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,6 +55,7 @@ from strace.onpolicy import (
     conditional_acceptance,
     continue_prompts,
     count_cache,
+    measure_heads,
     measure_positions,
     share_agreeing,
 )
@@ -377,14 +379,16 @@ class Tracer:
         """Every candidate, measured on the continuations `own`; those that the Pareto front holds are marked."""
         tried: list[Tried] = []
         plans = self.list_plans(flow, head)
-        for number, plan in enumerate(plans):
-            self.progress(number / len(plans))
-            kept = keep_units(flow, plan)
-            ids = head.cut(plan.coverage)
-            subgraph = cut_head(self.build(name, plan, kept, material, work), ids)
-            record = self.record(plan, subgraph, own)
-            self.say(f"{name}: {_summarise(record)}")
-            tried.append(Tried(replace(kept, token_ids=ids), record))
+        for _, group in groupby(plans, lambda plan: replace(plan, name="", coverage=1.0)):
+            some = list(group)
+            self.progress(len(tried) / len(plans))
+            kept = keep_units(flow, some[0])
+            headless = self.build(name, some[0], kept, material, work)
+            heads = [head.cut(plan.coverage) for plan in some]
+            records = self.record(some, [cut_head(headless, ids) for ids in heads], own)
+            for ids, record in zip(heads, records, strict=True):
+                self.say(f"{name}: {_summarise(record)}")
+                tried.append(Tried(replace(kept, token_ids=ids), record))
         front = find_front([t.record for t in tried])
         return [replace(t, record=t.record.model_copy(update={"best": b})) for t, b in zip(tried, front, strict=True)]
 
@@ -429,17 +433,24 @@ class Tracer:
             restored = restore_tensors(path, kept, self.full)  # holds no inference tensor
             assert restored is not None, "it was just written"
             subgraph = restored
-        record = self.record(before.plan, subgraph, own)
+        [record] = self.record([before.plan], [subgraph], own)
         self.say(f"{name}: distilled: {_summarise(record)}")
         if record.speedup <= before.speedup:
             return best
         after = Tried(kept, record.model_copy(update={"best": before.best}))
         return Chosen(after, subgraph, self.options.distill)
 
-    def record(self, plan: Plan, subgraph: Decoder, own: Sequence[Continuation]) -> Candidate:
-        """A candidate's acceptance on the full model's own text, and what that is predicted to bring."""
+    def record(
+        self, plans: Sequence[Plan], subgraphs: Sequence[Decoder], own: Sequence[Continuation]
+    ) -> list[Candidate]:
+        """The acceptance of candidates that differ in their heads alone on the full model's own text, and what that is
+        predicted to bring."""
         some = [c for c in own if c.temperature in (0.0, 1.0)]
-        positions = measure_positions(self.full, subgraph, some, self.options.seed)
+        tables = measure_heads(self.full, subgraphs, some, self.options.seed)
+        return [self.price(*each) for each in zip(plans, subgraphs, tables, strict=True)]
+
+    def price(self, plan: Plan, subgraph: Decoder, positions: Positions) -> Candidate:
+        """A candidate, by its table."""
         accepted, agreement = (conditional_acceptance(positions.at(t)) for t in (1.0, 0.0))
         c, v = self.costs.c(subgraph), self.costs.v
         speedup, length = predict_speedup(accepted, c, v)
