@@ -552,7 +552,9 @@ def judge(best: Candidate, tried: Sequence[Candidate], beside: Beside | None = N
         return True, text
     low, high = beside.interval
     over = f"{beside.gain:+.2f} ({low:+.2f} to {high:+.2f} in 95 % of draws of {beside.sources} sources) over pooled"
-    return (True, f"{text}; {over}") if low > 0 else (False, f"no subgraph: {text}; {over}, which serves as well")
+    if low > 0 and beside.sources > 1:  # one source drawn again is always the same
+        return True, f"{text}; {over}"
+    return False, f"no subgraph: {text}; {over}, which serves as well"
 
 
 def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
