@@ -20,7 +20,7 @@ from server.engine.options import Options
 from server.engine.request import Mode, Refused
 from server.engine.scheduler import Plan
 from server.engine.sequence import Sequence
-from server.engine.settle import audit, settle
+from server.engine.settle import prepare, settle
 from server.engine.speculation import Speculation
 from strace.draft import DraftLimits, DraftPlan, GainRule, count_alive
 from strace.kv import Batch
@@ -147,14 +147,14 @@ class Cycle:
             if sequence.reads_prompt:
                 rows.read_prompt(sequence)
             sequence.verified += count
-        settling = {s: audit(s, rows.logits, span.start, self.runner) for s, span in rows.spans.items()}
+        settling = {s: prepare(s, rows.logits, span.start) for s, span in rows.spans.items()}
         held, begun = [each.held for each in settling.values()], time.perf_counter()
         verdicts = self.runner.verify(rows.logits, held)
         self.spent.add(begun)
         failed: dict[Sequence, Exception] = {}
-        for (sequence, each), tokens in zip(settling.items(), verdicts, strict=True):
+        for (sequence, each), verdict in zip(settling.items(), verdicts, strict=True):
             try:
-                judged = settle(sequence, each, tokens)
+                judged = settle(sequence, each, verdict)
             except Refused as error:
                 failed[sequence] = error
                 continue

@@ -21,7 +21,7 @@ from server.engine.cost import CostModel
 from server.engine.engine import Engine, StepFailed
 from server.engine.options import Options
 from server.engine.request import Mode, Overloaded, Request, Unavailable, Update
-from strace.draft import Draft, DraftPlan, Held
+from strace.draft import Draft, DraftPlan, Held, Verdict
 from strace.kv import BLOCK, Batch
 from strace.runner import FULL, TorchRunner
 from strace.sampling import Noise, Sampler, SamplingParams, verify
@@ -91,7 +91,7 @@ class Memory(TorchRunner):
         self.reach("draft")
         return super().draft(graph, batch, plan)
 
-    def verify(self, logits: Tensor, held: list[Held]) -> list[list[int]]:
+    def verify(self, logits: Tensor, held: list[Held]) -> list[Verdict]:
         self.reach("verify")
         return super().verify(logits, held)
 
