@@ -166,7 +166,8 @@ class Load(RuleBasedStateMachine):
         prompt = [*beginning[:shared], *own] or [1]
         params = SamplingParams(temperature=0.0 if seed is None else 1.0, seed=seed)
         request = Request(str(len(self.readers)), prompt, params, max_tokens, mode=mode, class_name=graph)
-        request = replace(request, logprobs=0, prompt_logprobs=prompt_logprobs, threshold=0.2)
+        logprobs = 0 if prompt_logprobs else None  # with which nothing is routed
+        request = replace(request, logprobs=logprobs, prompt_logprobs=prompt_logprobs, threshold=0.2)
         reader = Reader(request, self.runner)
         try:
             reader.handle = self.engine.submit(request, reader.receive)
