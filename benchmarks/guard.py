@@ -29,7 +29,7 @@ from scipy import stats
 
 from server.engine.build import Placement, build_engine
 from server.engine.engine import Engine
-from server.engine.guard import GateTrack, Track
+from server.engine.guard import Mean, Trust
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
 from strace.checkpoint import Checkpoint
@@ -125,9 +125,9 @@ def summarise(mode: Mode, seconds: list[float], full: list[float], rans: list[Ra
     }
 
 
-def describe_trust(track: Track | GateTrack) -> dict[str, Any]:
+def describe_trust(trust: Trust, mean: Mean) -> dict[str, Any]:
     """What the guard thinks of what it tracks, and the logarithm of the speedup it saw."""
-    return {"trust": track.trust.name, "mean": round(track.mean.value, 3)}
+    return {"trust": trust.name, "mean": round(mean.value, 3)}
 
 
 def main() -> None:
@@ -173,14 +173,14 @@ def main() -> None:
             "full_tokens_per_s": round(sum(ran.tokens for ran in full.rans) / sum(full.seconds), 1),
             "results": results,
             "guard": [
-                {"mode": mode, "class": name, "batch": size} | describe_trust(track)
+                {"mode": mode, "class": name, "batch": size} | describe_trust(track.trust, track.mean)
                 for each in others
                 for mode, name, size, track in each.engine.guard.states()
                 if mode == each.mode
             ],
             "gates": [
-                {"class": name, "batch": size} | describe_trust(gate)
-                for name, size, gate in others[1].engine.guard.gates()
+                {"class": name, "batch": size} | describe_trust(trust, mean)
+                for name, size, trust, mean in others[1].engine.guard.gates()
             ],
         }
     )

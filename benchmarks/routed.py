@@ -41,7 +41,7 @@ from scipy import stats
 from server.engine.build import Placement, build_engine
 from server.engine.cost import CostModel
 from server.engine.engine import Engine
-from server.engine.guard import GateTrack, Trust
+from server.engine.guard import Mean, Trust
 from server.engine.request import Mode, Ran, Request, Update
 from strace.certificate import Certificate, Level, Setting, load_certificates
 from strace.certify import DELTA, bound_mean, share_broken
@@ -109,9 +109,10 @@ def perplexity(logprobs: Sequence[float]) -> float | None:
     return round(math.exp(-statistics.fmean(logprobs)), 3) if logprobs else None
 
 
-def find_gate(engine: Engine, name: str) -> GateTrack | None:
-    """What the guard thinks of a class's gate for one text at a time, if it was asked."""
-    return next((gate for other, batch, gate in engine.guard.gates() if (other, batch) == (name, 1)), None)
+def find_gate(engine: Engine, name: str) -> tuple[Trust, Mean]:
+    """What the guard thinks of a class's gate for one text at a time."""
+    known = {other: (trust, mean) for other, batch, trust, mean in engine.guard.gates() if batch == 1}
+    return known.get(name, (Trust.UNSURE, Mean(1.0)))
 
 
 def teach(engine: Engine, name: str, requests: list[Request]) -> None:
@@ -119,18 +120,15 @@ def teach(engine: Engine, name: str, requests: list[Request]) -> None:
     engine.guard.forget()
     for request in requests * LESSONS:
         run_engine(engine, request)
-        gate = find_gate(engine, name)
-        if gate is not None and gate.trust is not Trust.UNSURE:
+        if find_gate(engine, name)[0] is not Trust.UNSURE:
             return
 
 
-def describe_gate(gate: GateTrack | None) -> dict[str, Any] | None:
+def describe_gate(trust: Trust, mean: Mean) -> dict[str, Any]:
     """The guard's verdict, and the speedup of open over shut that it saw, with its 95 % interval."""
-    if gate is None:
-        return None
-    ends = (gate.mean.value + sign * 1.96 * gate.mean.error for sign in (-1, 1))
-    gain = round(math.exp(gate.mean.value), 3)
-    return {"trust": gate.trust.name, "gain": gain, "interval": [round(math.exp(end), 3) for end in ends]}
+    ends = (mean.value + sign * 1.96 * mean.error for sign in (-1, 1))
+    interval = [round(math.exp(end), 3) for end in ends]
+    return {"trust": trust.name, "blocks": mean.blocks, "gain": round(math.exp(mean.value), 3), "interval": interval}
 
 
 def predict(rans: Sequence[Ran], cost: CostModel, name: str) -> float | None:
@@ -190,7 +188,7 @@ def measure(
         "over_full": round(rate[Mode.ROUTED] / rate[Mode.FULL], 3),
         "over_exact": round(rate[Mode.ROUTED] / rate[Mode.EXACT], 3),
         "over_exact_interval": compare_rates(texts, seconds),
-        "gate": describe_gate(find_gate(engine, name)),
+        "gate": describe_gate(*find_gate(engine, name)),
         "left": next((ran.bypass for ran in reversed(rans[Mode.ROUTED]) if ran.bypass), None),
         "c": round(cost.c(name), 3),
         "v": {n: round(cost.v(n), 2) for n in (2, 4, 8, 9, 16, 33)},
@@ -251,7 +249,8 @@ def show(results: list[dict[str, Any]]) -> None:
     )
     table = Table(*names)
     for row in results:
-        table.add_row(*(str(row.get(name, "")) for name in names))
+        shown = row | {"by_cost": "{routed} / {exact}".format(**row["by_cost"])}
+        table.add_row(*(str(shown.get(name, "")) for name in names))
     console = Console(width=200)
     console.print(table)
     for row in results:

@@ -69,9 +69,9 @@ class Judges(Collector):
             for mode, name, batch, track in self.guard.states():
                 state.add_metric([mode.value, name, str(batch)], track.trust.value)
                 speedup.add_metric([mode.value, name, str(batch)], math.exp(track.mean.value))
-            for name, batch, opened in self.guard.gates():
-                gate.add_metric([name, str(batch)], opened.trust.value)
-                gain.add_metric([name, str(batch)], math.exp(opened.mean.value))
+            for name, batch, trust, mean in self.guard.gates():
+                gate.add_metric([name, str(batch)], trust.value)
+                gain.add_metric([name, str(batch)], math.exp(mean.value))
             for batch, seconds in self.guard.ages().items():
                 age.add_metric([str(batch)], seconds)
         if self.auditor is not None:

@@ -320,15 +320,16 @@ class Guard:
         bucket = self._buckets[_size(turn.batch)]
         if bucket.gate_trust(name) is not Trust.OFF:
             return None
-        times = math.exp(bucket.gates[name].mean.value)
-        return (
-            f"routed is not surely faster than exact here: {times:.2f} times for class {name!r}, {turn.batch} at once"
-        )
+        gate, here = bucket.gates[name], f"for class {name!r}, {turn.batch} at once"
+        if gate.trust is not Trust.OFF:
+            return f"routed is slower than the full model here, {here}"
+        return f"routed is not surely faster than exact here: {math.exp(gate.mean.value):.2f} times {here}"
 
-    def gates(self) -> list[tuple[str, int, GateTrack]]:
-        """Class and greatest batch of every gate that is judged. From any thread."""
+    def gates(self) -> list[tuple[str, int, Trust, Mean]]:
+        """Class and greatest batch of every gate that is judged, whether it is open, and what open over shut brought.
+        From any thread."""
         return [
-            (name, 1 << size, gate)
+            (name, 1 << size, bucket.gate_trust(name), gate.mean)
             for size, bucket in list(self._buckets.items())
             for name, gate in list(bucket.gates.items())
         ]

@@ -126,23 +126,28 @@ class Sequence:
 
     def most_drafts(self, options: Options) -> int:
         """Drafts of a step at most, had the text no end."""
-        if self.ran.mode == Mode.ROUTED:
-            limits = self.limits(options)
-            return limits.held + (limits.emitted if limits.threshold <= 1 else 0)
-        held = options.max_draft if options.draft_length is None else min(options.max_draft, options.draft_length)
-        if self.request.max_draft is not None:
-            held = min(held, self.request.max_draft)
-        return held
+        held = self._cap(options.max_draft, options)
+        return held + self._cap(self._most_emitted(options), options) if self.emits else held
 
     def limits(self, options: Options, shut: bool = False) -> DraftLimits:
         """Where this step's draft ends. shut: all of it is held."""
-        caps = [limit for limit in (options.draft_length, self.request.max_draft) if limit is not None]
         # The full model itself adds the last token before the limit.
         room = self.most_tokens - len(self.ids) - 1
-        gated = max(0, min(self.gate.tokens - self.ran.tokens, room))
-        emitted = min([options.run_limit, int(gated), *caps])
-        threshold = self.threshold if self.emits and not shut else math.inf
-        return DraftLimits(min([options.max_draft, *caps]), emitted, room, threshold)
+        held = self._cap(options.max_draft, options)
+        if shut or not self.emits:
+            return DraftLimits(held, 0, room, math.inf)
+        return DraftLimits(held, self._cap(self._most_emitted(options), options), room, self.threshold)
+
+    def _most_emitted(self, options: Options) -> int:
+        """The longest run of tokens that the gate would let through from here on."""
+        return int(min(options.run_limit, self.gate.tokens - self.ran.tokens))
+
+    def _cap(self, most: int, options: Options) -> int:
+        """`most`, or less where engine or request say so."""
+        for limit in (options.draft_length, self.request.max_draft):
+            if limit is not None and limit < most:
+                most = limit
+        return most
 
     @property
     def threshold(self) -> float:
@@ -152,7 +157,7 @@ class Sequence:
     @property
     def emits(self) -> bool:
         """Whether the next token may be emitted unverified."""
-        return self.ran.mode == Mode.ROUTED and self.threshold <= 1
+        return self.ran.mode is Mode.ROUTED and self.threshold <= 1
 
     def sampler(self, back: int = 0) -> Sampler:
         """How the next tokens are drawn, or those from `back` tokens ago."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import routed
 
-from server.engine.guard import Guard, Trust
+from server.engine.guard import Bucket, GateTrack, Guard, Trust
 from server.engine.options import Options
 from server.engine.request import Mode, Ran
 from strace.losses import THRESHOLDS, Losses
@@ -30,7 +30,8 @@ def test_measured() -> None:
     assert min(row["perplexity"], row["perplexity_full"]) > 1
     low, high = row["over_exact_interval"]
     assert low < high
-    assert row["gate"] is row["left"] is None  # nothing is guarded where drafts are of a fixed length
+    assert row["left"] is None
+    assert row["gate"]["trust"] == "UNSURE"  # nothing is guarded where drafts are of a fixed length
     assert 1 < row["by_cost"]["exact"] <= row["most_by_cost"]
     about = {"class": "pooled", "temperature": 1.0, "risk": 0.05}
     assert routed.judge(about | row).endswith("the gate was open")
@@ -44,10 +45,8 @@ def test_a_gate_that_the_guard_has_shut_is_told_of() -> None:
         guard=Guard(FixedCost().table("full")),
     )
     engine.guard.forget = lambda: None  # type: ignore[method-assign]
-    for _ in range(2):
-        routed.run_engine(engine, make_request(PROMPTS[0], Mode.ROUTED, 12, threshold=0.0))
-    gate = routed.find_gate(engine, "pooled")
-    assert gate is not None
+    engine.guard._buckets[0] = bucket = Bucket()
+    bucket.gates["pooled"] = gate = GateTrack()
     gate.trust = Trust.OFF
     row = routed.measure(engine, "pooled", PROMPTS, 1.0, 0.05, 12)
     assert row["gate"]["trust"] == "OFF"
