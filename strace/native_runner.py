@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from strace import native
 from strace.decoder import MLP, Attention, Decoder, Layer, Norm
-from strace.draft import Draft, DraftLimits, DraftPlan, GainRule, Held
+from strace.draft import Draft, DraftLimits, DraftPlan, GainRule, Held, Verdict
 from strace.kv import Batch, KVCache
 from strace.linear import DENSE, Codes, Linear
 from strace.native import NativeError
@@ -411,6 +411,7 @@ class NativeRunner:
         return self._rooms[graph]
 
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
+        """`Sampler.process` in place, for tests."""
         described, _kept = _describe_samplers([sampler])
         rows, vocabulary = logits.shape
         between = np.asarray(drafts, dtype=np.int64)
@@ -419,16 +420,20 @@ class NativeRunner:
         )
         return logits
 
-    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
         texts = len(held)
         samplers, _kept = _describe_samplers([text.sampler for text in held])
         drafts = np.array([token for text in held for token in text.tokens], dtype=np.int64)
-        described, place = (native.Held * texts)(), drafts.ctypes.data
+        divergences = np.empty(len(drafts), dtype=np.float32)
+        described, first = (native.Held * texts)(), 0
         for entry, text in zip(described, held, strict=True):
-            entry.row, entry.count, entry.drafts = text.row, len(text.tokens), place
+            entry.row, entry.count, entry.drafts = text.row, len(text.tokens), drafts.ctypes.data + 8 * first
             if text.q is not None:
                 entry.q = text.q.data_ptr()
-            place += drafts.itemsize * len(text.tokens)
+            if text.audited:
+                entry.emitted, entry.audited = text.emitted, text.audited
+                entry.divergences = divergences.ctypes.data + 4 * first
+            first += len(text.tokens)
         standing, tokens = (ctypes.c_int32 * texts)(), (ctypes.c_int64 * texts)()
         vocabulary = logits.shape[1]
         native.check(
@@ -436,4 +441,9 @@ class NativeRunner:
                 self._handle, logits.data_ptr(), vocabulary, texts, described, samplers, standing, tokens
             )
         )
-        return [[*text.tokens[:n], token] for text, n, token in zip(held, standing, tokens, strict=True)]
+        first, verdicts = 0, []
+        for text, n, token in zip(held, standing, tokens, strict=True):
+            told = divergences[first : first + min(text.audited, n + 1)].tolist() if text.audited else []
+            verdicts.append(Verdict([*text.tokens[:n], token], told))
+            first += len(text.tokens)
+        return verdicts

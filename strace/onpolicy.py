@@ -87,9 +87,9 @@ def _continue(
         batch = Batch(pending, counts, [starts[i] for i in alive], tables[alive])
         logits = runner.forward(FULL, batch, (np.cumsum(counts) - 1).tolist())
         held = [Held(row, [], None, Sampler(params, noises[i], len(texts[i]))) for row, i in enumerate(alive)]
-        for i, new in zip(alive, runner.verify(logits, held), strict=True):
+        for i, verdict in zip(alive, runner.verify(logits, held), strict=True):
             starts[i] = len(texts[i])
-            texts[i] += new
+            texts[i] += verdict.tokens
         alive = [i for i in alive if texts[i][-1] not in stop_ids]
         if not alive:
             return
