@@ -2,7 +2,8 @@
 
 Every runner runs the same `DraftPlan`: the torch runner with `Drafting` below, the native one in native/draft.cpp.
 Whether another token is drawn may depend on all drawn before; whether one counts as emitted or held reads its
-confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn.
+confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn. (What is made anew in
+each step is mostly not frozen: that would take three times as long.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from strace.sampling import Noise, Sampler, SamplingParams, draw_draft
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftLimits:
     """Where one sequence's draft ends: the most tokens held, the most emitted while none is held, the most of both.
 
@@ -36,7 +37,7 @@ class DraftLimits:
         return min(self.emitted - emitted if emitting else self.held - held, self.room - held - emitted)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GainRule:
     """Whether another token pays: its expected tokens against what its time would bring at the rate now achieved.
 
@@ -84,8 +85,10 @@ class GainRule:
 
 def extrapolate(table: np.ndarray, n: int) -> float:
     """Entry n, beyond the last one by the last slope."""
-    beyond = max(0, n - len(table) + 1)
-    return float(table[n - beyond] + beyond * (table[-1] - table[-2]))
+    if n < len(table):
+        return float(table[n])
+    beyond = n - len(table) + 1
+    return float(table[-1] + beyond * (table[-1] - table[-2]))
 
 
 def find_bin(confidence: float, bins: int) -> int:
@@ -93,7 +96,7 @@ def find_bin(confidence: float, bins: int) -> int:
     return min(int(confidence * bins), bins - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftPlan:
     """What a runner needs to draft on its own, per sequence of a batch, and for all."""
 
@@ -127,8 +130,7 @@ class Draft:
 class Held:
     """Drafts of one text that await the full model's verdict.
 
-    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`. (Not frozen,
-    nor are others that are made for each text in each step: that would take three times as long.)
+    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`.
     """
 
     row: int

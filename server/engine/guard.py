@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -117,7 +117,7 @@ class Bucket:
     """What is kept per batch size. Debts, in seconds, are paid back by 1 % of the time; nothing is spent before they
     are. level: seconds of a plain step over the table's; stamp: when it was last seen."""
 
-    tracks: dict[Key, Track] = field(default_factory=dict)
+    tracks: defaultdict[Key, Track] = field(default_factory=lambda: defaultdict(Track))
     plain_debt: float = 0.0
     probe_debt: float = 0.0
     level: float | None = None
@@ -168,7 +168,7 @@ class Guard:
         draft, and measures nothing."""
         self._table = full_seconds.copy()
         self._active = active
-        self._buckets: dict[int, Bucket] = {}
+        self._buckets = defaultdict[int, Bucket](Bucket)
 
     def turn(self, keys: Iterable[Key], batch: int, measurable: bool) -> Turn:
         """What the coming step may do. keys: of the texts that could draft. measurable: the step reads no prompt, so
@@ -176,8 +176,8 @@ class Guard:
         turn = Turn(batch, frozenset(keys))
         if not self._active or not turn.keys:
             return turn
-        bucket = self._buckets.setdefault(_size(batch), Bucket())
-        tracks = {key: bucket.tracks.setdefault(key, Track()) for key in turn.keys}
+        bucket = self._buckets[_size(batch)]
+        tracks = {key: bucket.tracks[key] for key in turn.keys}
         turn.off = frozenset(key for key, track in tracks.items() if track.trust is Trust.OFF)
         if not measurable:
             return turn
@@ -214,7 +214,7 @@ class Guard:
 
     def forget(self) -> None:
         """Judge anew: the drafts are others now. Between steps."""
-        self._buckets = {}
+        self._buckets = defaultdict(Bucket)
 
     def full_step(self, batch: int) -> float | None:
         """Seconds of a plain full step as lately measured at about this batch size, if it was."""
