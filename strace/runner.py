@@ -48,8 +48,12 @@ class Runner(Protocol):
     def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
         """Per text `strace.sampling.verify`, from the full model's logits, float32 [R, V], which may be overwritten."""
 
+    def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[list[int]]:
+        """`verify` of the full model's rows at the positions `rows`, where nobody else asks for them."""
+        return self.verify(self.forward(FULL, batch, rows), held)
 
-class TorchRunner:
+
+class TorchRunner(Runner):
     """The portable reference, in eager torch."""
 
     name = "torch"
@@ -93,9 +97,11 @@ class TorchRunner:
             step, rows = Batch(tokens, [1] * len(alive), starts, batch.tables[alive]), list(range(len(alive)))
         return [each.draft for each in drafting]
 
+    @torch.inference_mode()
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
         return sampler.process(logits, drafts)
 
+    @torch.inference_mode()
     def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
         return [_settle(logits[text.row : text.row + len(text.tokens) + 1], text) for text in held]
 

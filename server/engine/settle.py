@@ -29,22 +29,28 @@ class Settling:
     held: Held
 
 
+def hold(sequence: Sequence, row: int) -> Settling:
+    """What `audit` gives of a text that emitted nothing and tells nothing, for which no logits are needed."""
+    draft = sequence.draft
+    return Settling(draft, [], None, [], Held(row, draft.tokens, draft.q, sequence.sampler))
+
+
 def audit(sequence: Sequence, logits: Tensor, row: int, runner: Runner) -> Settling:
     """Compare what was emitted with the full model's choices, and leave what is held to `Runner.verify`.
 
     logits: the full model's, float32 [R, V]; from `row` on those before each of the step's drafts and after the last.
     What was emitted has its rows overwritten.
     """
-    draft, emitted = sequence.take_draft()
+    draft, emitted, sampler = sequence.draft, sequence.emitted, sequence.sampler
     first, end = row + emitted, row + len(draft.tokens) + 1
     raw = None if sequence.request.logprobs is None else logits[first:end].clone()
     unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, logits[row:end].clone(), runner)
     if not emitted:
-        return Settling(draft, [], raw, unseen, Held(first, draft.tokens, draft.q, sequence.sampler()))
-    divergences = _diverge(draft, emitted, logits[row:first], sequence.sampler(back=emitted), runner)
+        return Settling(draft, [], raw, unseen, Held(first, draft.tokens, draft.q, sampler))
+    divergences = _diverge(draft, emitted, logits[row:first], sampler.before(emitted), runner)
     sequence.ran.divergent += sum(divergences)
     q = None if draft.q is None else draft.q[emitted:]
-    held = Held(first, draft.tokens[emitted:], q, sequence.sampler())
+    held = Held(first, draft.tokens[emitted:], q, sampler)
     return Settling(draft, [1 - divergence for divergence in divergences], raw, unseen, held)
 
 
@@ -59,21 +65,16 @@ def settle(sequence: Sequence, settling: Settling, tokens: list[int]) -> list[tu
     if sequence.request.max_tokens == 0:
         sequence.finish, sequence.verified = "length", len(sequence.ids) - 1
         return []
-    draft, held, accepted = settling.draft, settling.held.tokens, len(tokens) - 1
-    shares = settling.shares + [1.0] * accepted + [0.0] * (accepted < len(held))
-    if sequence.shadow is not None:
-        sequence.shadow.judged += min(accepted + 1, len(held))
-        sequence.shadow.divergent += sum(settling.unseen[: accepted + 1])
-    _account(sequence, draft, len(settling.shares), accepted)
-    count, raw = sequence.request.logprobs, settling.raw
-    logprobs = [None] * len(tokens) if raw is None else read_logprobs(raw, tokens, count or 0)
-    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-        sequence.append(token, drafted=i < accepted, logprob=logprob)
+    accepted = len(tokens) - 1
+    judged = _account(sequence, settling, accepted) if settling.draft.tokens else []
+    logprobs = None if settling.raw is None else read_logprobs(settling.raw, tokens, sequence.request.logprobs or 0)
+    for i, token in enumerate(tokens):
+        sequence.append(token, i < accepted, None if logprobs is None else logprobs[i])
         if sequence.finish:
             break
     # Accepted drafts went through the pass as they stand; the last token, or what cut the text, need not have.
     sequence.verified = len(sequence.ids) - 1
-    return list(zip(draft.confidence, shares, strict=False))
+    return judged
 
 
 def _diverge(draft: Draft, count: int, logits: Tensor, sampler: Sampler, runner: Runner) -> list[float]:
@@ -98,12 +99,16 @@ def _watch_gate(sequence: Sequence, draft: Draft, logits: Tensor, runner: Runner
     drawn = zip(draft.tokens, draft.confidence, strict=True)
     sure = [confidence >= sequence.threshold and token not in sequence.stop_ids for token, confidence in drawn]
     count = sure.index(False) if False in sure else len(sure)
-    return _diverge(draft, count, logits, sequence.sampler(), runner)
+    return _diverge(draft, count, logits, sequence.sampler, runner)
 
 
-def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> None:
-    if not draft.tokens:
-        return
+def _account(sequence: Sequence, settling: Settling, accepted: int) -> list[tuple[float, float]]:
+    """Book a draft, of which nothing is left; gives what `settle` does. accepted: of what was held."""
+    draft, held, emitted = settling.draft, settling.held.tokens, len(settling.shares)
+    sequence.clear_draft()
+    if sequence.shadow is not None:
+        sequence.shadow.judged += min(accepted + 1, len(held))
+        sequence.shadow.divergent += sum(settling.unseen[: accepted + 1])
     ran, standing = sequence.ran, emitted + accepted
     ran.drafts += 1
     ran.drafted += len(draft.tokens)
@@ -113,3 +118,5 @@ def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> N
         ran.accepted_at[i] += 1
     unsure = ran.mode == Mode.ROUTED and emitted < len(draft.tokens)
     ran.fallbacks += int(unsure or standing < len(draft.tokens))
+    shares = settling.shares + [1.0] * accepted + [0.0] * (accepted < len(held))
+    return list(zip(draft.confidence, shares, strict=False))
