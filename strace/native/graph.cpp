@@ -82,7 +82,6 @@ Graph::Graph(const st_graph_description &description)
   const auto fit = [&](const st_matrix &matrix) {
     widest = std::max({widest, padded(matrix.rows), padded(matrix.columns)});
     activation_bytes = std::max(activation_bytes, kernels().activation_bytes(matrix.format, matrix.columns));
-    order.push_back(&matrix);
   };
   for (const st_layer &layer : layers) {
     if (layer.attention.present) {
@@ -91,7 +90,6 @@ Graph::Graph(const st_graph_description &description)
     }
     if (layer.mlp.present) fit(layer.mlp.inner), fit(layer.mlp.down);
   }
-  order.push_back(&shape.head);
 }
 
 void check(const st_cache &cache) {

@@ -14,8 +14,6 @@ namespace strace {
 // A description and what of it is owned; the weights stay the caller's.
 struct Graph {
   explicit Graph(const st_graph_description &description);
-  Graph(const Graph &) = delete;
-  Graph &operator=(const Graph &) = delete;
 
   st_graph_description shape;
   std::vector<st_layer> layers;
@@ -23,7 +21,6 @@ struct Graph {
   int widest;               // most rows or columns of a matrix other than the head's rows, in whole vectors
   int most_heads;           // query heads of a layer
   size_t activation_bytes;  // most that a token's prepared activations take
-  std::vector<const st_matrix *> order;  // the matrices as a pass reads them, the head last
 };
 
 // Each throws std::invalid_argument where what it is given cannot be run. The last gives the batch's number of tokens.

@@ -116,8 +116,6 @@ void Pass::each(int count, Piece &&piece) {
 }
 
 void Pass::multiply(const st_matrix &matrix, int count, float *y, size_t stride) {
-  const st_matrix &next = *graph_.order[++turn_ % graph_.order.size()];
-  pool_.expect(next.packed, panel_bytes(next.format, next.columns), panels(next));
   const size_t most = MOST_BYTES / panel_bytes(matrix.format, matrix.columns);
   pool_.share_runs(panels(matrix), std::max(1, static_cast<int>(most)), [&](int first, int last, int) {
     kernels_.multiply(matrix, activations_, count, first, last, y, stride);

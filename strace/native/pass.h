@@ -49,7 +49,6 @@ class Pass {
   const Tile &tile_;
   const Kernels &kernels_;
   const Vectors &vectors_;
-  size_t turn_ = 0;         // of the graph's matrices
   int pitch_;               // of a head's numbers
   int spans_;               // most that a token reads
   size_t mixed_stride_;     // of one head's result over one span

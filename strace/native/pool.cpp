@@ -14,9 +14,6 @@ constexpr auto SPIN_ALONE = microseconds(20);  // then others who wait for the c
 constexpr auto SPIN = microseconds(200);       // longer than what lies between two passes of a busy server
 constexpr int PAUSES_PER_LOOK = 16;
 constexpr int PARTS = 4;                       // of what a thread has left it takes one, so that all end together
-constexpr size_t EXPECTED_BYTES = 256 << 10;   // fetched before they are asked for; a core's own cache holds more
-constexpr size_t FETCH_BYTES = 1024;           // between two looks for work
-constexpr size_t CACHE_LINE = 64;
 
 inline void pause_briefly() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -65,12 +62,6 @@ Pool::Pieces Pool::own(int thread, int pieces) const {
   return {from(thread), from(thread + 1)};
 }
 
-void Pool::expect(const void *memory, size_t piece_bytes, int pieces) {
-  for (int i = 0; i < threads(); ++i)
-    shares_[i].expected.store(reinterpret_cast<uintptr_t>(memory) + own(i, pieces).first * piece_bytes,
-                              std::memory_order_relaxed);
-}
-
 // Some of a share's pieces, fewer the fewer are left; none where it is empty.
 Pool::Pieces Pool::take_from(Share &share, bool front) {
   uint64_t left = share.left.load(std::memory_order_acquire);
@@ -80,7 +71,8 @@ Pool::Pieces Pool::take_from(Share &share, bool front) {
     const int count = std::min((all.count() + PARTS - 1) / PARTS, most_);
     const Pieces taken = front ? Pieces{all.first, all.first + count} : Pieces{all.last - count, all.last};
     const uint64_t rest = front ? pack(taken.last, all.last) : pack(all.first, taken.first);
-    if (share.left.compare_exchange_weak(left, rest, std::memory_order_acq_rel, std::memory_order_acquire)) return taken;
+    if (share.left.compare_exchange_weak(left, rest, std::memory_order_acq_rel, std::memory_order_acquire))
+      return taken;
   }
 }
 
@@ -126,22 +118,20 @@ void Pool::publish(Job job, void *context, int pieces, int most) {
 // Until others have done so many pieces of this phase.
 void Pool::await(int pieces) {
   const auto all_done = [&] { return done_.load(std::memory_order_acquire) == pieces; };
-  fetch_until(shares_[0], all_done);
   while (!spin(SPIN, all_done)) {
   }
 }
 
 void Pool::serve(int thread) {
   for (uint64_t last = 0; !closing_.load(std::memory_order_relaxed);) {
-    wait_for_phase(thread, last);
+    wait_for_phase(last);
     last = phase_.load(std::memory_order_acquire);
     work(thread);
   }
 }
 
-void Pool::wait_for_phase(int thread, uint64_t last) {
+void Pool::wait_for_phase(uint64_t last) {
   const auto wanted = [&] { return phase_.load() != last || closing_.load(std::memory_order_relaxed); };
-  fetch_until(shares_[thread], wanted);
   if (spin(SPIN, wanted)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
@@ -149,16 +139,6 @@ void Pool::wait_for_phase(int thread, uint64_t last) {
     if (wanted()) return;
     published_.wait(lock);
   }
-}
-
-// What the share's thread will read, from where it left off, for as long as nothing else is to be done.
-template <class Condition>
-void Pool::fetch_until(Share &share, Condition over) {
-  const uintptr_t expected = share.expected.load(std::memory_order_relaxed);
-  if (share.fetching != expected) share.fetching = expected, share.fetched = 0;
-  for (; share.fetched < EXPECTED_BYTES && !over(); share.fetched += FETCH_BYTES)
-    for (size_t line = 0; line < FETCH_BYTES; line += CACHE_LINE)
-      __builtin_prefetch(reinterpret_cast<const void *>(expected + share.fetched + line), 0, 2);  // as far as level two
 }
 
 }  // namespace strace

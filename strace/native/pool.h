@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <thread>
@@ -40,14 +39,12 @@ class Pool {
     if (pieces <= 0) return;
     if (pieces == 1 || threads() == 1) return run(0, pieces, 0);
     using Shared = std::remove_reference_t<Run>;
-    publish([](void *context, Pieces some, int thread) { (*static_cast<Shared *>(context))(some.first, some.last, thread); },
-            &run, pieces, most);
+    const Job job = [](void *context, Pieces some, int thread) {
+      (*static_cast<Shared *>(context))(some.first, some.last, thread);
+    };
+    publish(job, &run, pieces, most);
     await(pieces - work(0));
   }
-
-  // Tells what will be shared out next but one: this many pieces, each over so many bytes from `memory` on. A thread that
-  // has nothing to do until then fetches the first of its own into its cache.
-  void expect(const void *memory, size_t piece_bytes, int pieces);
 
  private:
   struct Pieces {
@@ -56,12 +53,9 @@ class Pool {
   };
   using Job = void (*)(void *context, Pieces pieces, int thread);
 
-  // A thread's own pieces of a phase, and what it will read.
+  // What is left of a thread's own pieces of this phase: the first in the high half, the end in the low one.
   struct alignas(64) Share {
-    std::atomic<uint64_t> left{0};  // the first of them in the high half, the end in the low one
-    std::atomic<uintptr_t> expected{0};
-    uintptr_t fetching = 0;  // what was expected when last looked at; the thread's own
-    size_t fetched = 0;      // bytes of it
+    std::atomic<uint64_t> left{0};
   };
 
   Pieces own(int thread, int pieces) const;
@@ -71,9 +65,7 @@ class Pool {
   void publish(Job job, void *context, int pieces, int most);
   void await(int pieces);
   void serve(int thread);
-  void wait_for_phase(int thread, uint64_t last);
-  template <class Condition>
-  void fetch_until(Share &share, Condition over);
+  void wait_for_phase(uint64_t last);
 
   std::vector<Share> shares_;
   Job job_ = nullptr;  // of this phase; read by those who have found a piece of it
