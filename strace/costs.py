@@ -290,6 +290,19 @@ def save_table(table: CostTable) -> Path:
     return path
 
 
+def read_table(path: Path) -> CostTable:
+    """A table in a file, as `strace-llm measure --json` prints it, on any machine.
+
+    Raises:
+        ValueError: it cannot be read, or is no such table.
+    """
+    try:
+        return _file.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not what `strace-llm measure --json` prints"
+        raise ValueError(f"cannot read the costs {path}: {reason}") from error
+
+
 def load_table(setting: Setting) -> CostTable | None:
     """The table kept for a setting; None where there is none, or none that can be read."""
     path = _place(setting)

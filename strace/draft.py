@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -127,14 +128,26 @@ class Draft:
 class Held:
     """Drafts of one text that await the full model's verdict.
 
-    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`. (Not frozen,
-    nor are others that are made for each text in each step: that would take three times as long.)
+    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`. sampler: of
+    the first draft. emitted: so many of them are text already, and stand whatever the verdict. audited: of so many, the
+    emitted ones among them, the divergence is told. (Not frozen, nor are others that are made for each text in each
+    step: that would take three times as long.)
     """
 
     row: int
     tokens: Sequence[int]
     q: Tensor | None
     sampler: Sampler
+    emitted: int = 0
+    audited: int = 0
+
+
+class Verdict(NamedTuple):
+    """What the full model makes of a text's drafts. tokens: those that stand, and one of its own. divergences: of the
+    drafts that are audited, up to the first that falls, 0 to 1."""
+
+    tokens: list[int]
+    divergences: list[float]
 
 
 def count_alive(drafts: Sequence[Draft]) -> list[int]:

@@ -34,6 +34,7 @@ from strace.texts import Texts
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # in mean diagonals of the inputs' moments
 DAMPING = 0.01
+LOT = 1 << 24  # numbers of an input projection that are fitted together
 
 
 class Moments:
@@ -50,9 +51,9 @@ class Moments:
     def add(self, x: Tensor, r: Tensor | None = None) -> None:
         """Count rows in; without r only the inputs' moments grow."""
         x = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
-        self.xx += (x.T @ x).double()
+        self.xx += x.T @ x
         if r is not None:
-            self.xr += (x.T @ r).double()
+            self.xr += x.T @ r
             self.rr += r.double().square().sum()
 
     @property
@@ -63,7 +64,7 @@ class Moments:
     def centred(self) -> tuple[Tensor, Tensor]:
         """[K, K] and [K, D] about the means: what is left for a weight when the bias takes the means."""
         n, x, r = self.xx[-1, -1], self.xx[:-1, -1], self.xr[-1]
-        return self.inputs - torch.outer(x, x) / n, self.xr[:-1] - torch.outer(x, r) / n
+        return self.inputs - torch.outer(x, x).div_(n), self.xr[:-1] - torch.outer(x, r).div_(n)
 
     def bias(self, weight: Tensor) -> Tensor:
         """float64 [D]: the mean of r - W x."""
@@ -85,8 +86,8 @@ class Twins:
     def add(self, own: Tensor, full: Tensor) -> None:
         """Count rows in."""
         own = own.float()
-        self.own += (own.T @ own).double()
-        self.both += (own.T @ full.float()).double()
+        self.own += own.T @ own
+        self.both += own.T @ full.float()
 
     def error(self, weight: Tensor, wanted: Tensor) -> float:
         """Squared error of `weight` on the own inputs against `wanted` on the full ones, but for a constant."""
@@ -115,10 +116,16 @@ class Rounding:
 
 def factor(moments: Tensor) -> Tensor:
     """The upper factor, of unit diagonal, of the inverse of some inputs' moments [K, K]."""
-    k = len(moments)
-    damped = moments + DAMPING * moments.diagonal().mean().clamp_min(1e-12) * torch.eye(k, device=moments.device)
+    damped = add_diagonal(moments, DAMPING * moments.diagonal().mean().clamp_min(1e-12))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     return upper / upper.diagonal()[:, None]
+
+
+def add_diagonal(matrix: Tensor, number: Tensor) -> Tensor:
+    """A copy of a square matrix with a number added all along its diagonal."""
+    copy = matrix.clone()
+    copy.diagonal().add_(number)
+    return copy
 
 
 def round_second_order(weight: Tensor, upper: Tensor) -> Codes:
@@ -149,15 +156,22 @@ def pull_towards(start: Tensor, xx: Tensor, moved: Tensor) -> Iterator[Tensor]:
     """A matrix [N, K], float64, and ridge regressions towards it; xx, moved: moments of the inputs [K, K] and of the
     inputs with what `start` leaves of the wanted outputs [N, K]."""
     yield start
-    unit = xx.diagonal().mean().clamp_min(1e-12) * torch.eye(len(xx), device=xx.device)
+    unit = xx.diagonal().mean().clamp_min(1e-12)
     for ridge in RIDGES:
-        yield start + torch.linalg.solve(xx + ridge * unit, moved, left=False)
+        yield start + torch.linalg.solve(add_diagonal(xx, ridge * unit), moved, left=False)
 
 
 def fit_input(sliced: Tensor, fit: Twins, choose: Twins, format: str) -> Codes:
     """The input projection [N, K] in a quantised format: what gives, on the own stream, the most of what `sliced` gives
-    on the full model's; of several ridges and no fit at all, the one whose rounded result errs least on `choose`."""
-    start, rounding = sliced.double(), Rounding(fit.own, format)
+    on the full model's. Rows go in lots of `LOT` numbers at most, for a head may have a billion."""
+    rounding = Rounding(fit.own, format)
+    lots = [_fit_rows(rows, fit, choose, rounding) for rows in sliced.split(max(1, LOT // sliced.shape[1]))]
+    return Codes(lots[0].format, torch.cat([lot.codes for lot in lots]), torch.cat([lot.scales for lot in lots]))
+
+
+def _fit_rows(sliced: Tensor, fit: Twins, choose: Twins, rounding: Rounding) -> Codes:
+    """Some rows: of several ridges and no fit at all, the one whose rounded result errs least on `choose`."""
+    start = sliced.double()
     least, best = math.inf, None
     for weight in pull_towards(start, fit.own, start @ (fit.both.T - fit.own)):
         rounded = rounding(weight)

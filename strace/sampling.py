@@ -222,17 +222,33 @@ def draw_residual(p: Tensor, q: Tensor | None, noise: Noise, position: int) -> i
     return draw(residual(p, q), noise, position, Purpose.RESIDUAL)
 
 
-def verify(p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int) -> list[int]:
+def verify(
+    p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int, emitted: int = 0
+) -> list[int]:
     """Settle a block of drafts: the accepted ones and one more token, the full model's.
 
     p: float32 [n + 1, V], the full model's processed rows before each draft and after the last. q: float32 [n, V], the
-    processed rows the drafts were drawn from, or None where the temperature is 0. position: of the first draft.
+    processed rows the drafts were drawn from, or None where the temperature is 0. position: of the first draft. The
+    first `emitted` stand whatever p is.
     """
     for i, token in enumerate(drafts):
         row = None if q is None else q[i]
-        if not accepts(p[i], row, token, noise, position + i):
+        if i >= emitted and not accepts(p[i], row, token, noise, position + i):
             return [*drafts[:i], draw_residual(p[i], row, noise, position + i)]
     return [*drafts, draw_token(p[len(drafts)], noise, position + len(drafts))]
+
+
+def audit(p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int) -> list[float]:
+    """The divergence of each draft: is it other than the full model's choice after the same text? Arguments as in
+    `verify`.
+
+    Without a seed a draw has no counterpart to compare with; its expected divergence, the total variation, stands for
+    it.
+    """
+    if noise.shared or q is None:
+        return [float(draw_token(p[i], noise, position + i) != token) for i, token in enumerate(drafts)]
+    divergences: list[float] = total_variation(p[: len(drafts)], q[: len(drafts)]).tolist()
+    return divergences
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:

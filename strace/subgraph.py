@@ -24,7 +24,8 @@ from strace.checkpoint import Checkpoint
 from strace.classes import POOLED
 from strace.decoder import Decoder, Layer
 from strace.files import file_beside, folder_beside, write_beside
-from strace.keep import Kept, Plan, slice_decoder
+from strace.keep import Kept, Plan, slice_layer, take
+from strace.layers import map_layers
 from strace.linear import Codes, Linear
 from strace.onpolicy import Positions
 
@@ -211,9 +212,13 @@ def save_tensors(path: Path, subgraph: Decoder, kept: Kept) -> None:
 
 
 def restore_tensors(path: Path, kept: Kept, full: Decoder) -> Decoder | None:
-    """The subgraph whose tensors `save_tensors` wrote; None where there are none that can be read."""
+    """The subgraph whose tensors `save_tensors` wrote; None where there are none that can be read. Its layers are made
+    when asked for where those of `full` are."""
     try:
-        return _fill(kept, load_file(path), full)
+        subgraph = _fill(kept, load_file(path), full)
+        for _ in subgraph.layers:  # so that what is missing is told now
+            pass
+        return subgraph
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         return None
 
@@ -321,15 +326,19 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], full: Decoder) -> Dec
 
 
 def _fill(kept: Kept, tensors: dict[str, Tensor], full: Decoder) -> Decoder:
-    subgraph = slice_decoder(full, kept)
-    stored = {name: _read_linear(tensors, name, linear, full.dtype) for name, linear, _ in _list_linears(subgraph)}
-    layers = []
-    for l, layer in enumerate(subgraph.layers):
+    def read(name: str, sliced: Linear) -> Linear:
+        return _read_linear(tensors, name, sliced, full.dtype)
+
+    def fill(l: int, whole: Layer) -> Layer:
+        layer = slice_layer(whole, kept.groups[l], kept.neurons[l], full.spec)
         a, m, at = layer.attention, layer.mlp, f"layers.{l}"
-        a = None if a is None else replace(a, qkv=stored[f"{at}.qkv"], o=stored[f"{at}.o"])
-        m = None if m is None else replace(m, inner=stored[f"{at}.gate_up"], down=stored[f"{at}.down"])
-        layers.append(Layer(a, m))
-    return replace(subgraph, layers=layers, head=stored["head"])
+        a = None if a is None else replace(a, qkv=read(f"{at}.qkv", a.qkv), o=read(f"{at}.o", a.o))
+        m = None if m is None else replace(m, inner=read(f"{at}.gate_up", m.inner), down=read(f"{at}.down", m.down))
+        return Layer(a, m)
+
+    ids = None if kept.token_ids is None else kept.token_ids.to(full.embed.device)
+    head = read("head", full.head if ids is None else take(full.head, rows=ids))
+    return replace(full, layers=map_layers(full.layers, fill), head=head, token_ids=ids)
 
 
 def _read_kept(manifest: Manifest, tensors: dict[str, Tensor], full: Decoder) -> Kept:

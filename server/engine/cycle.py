@@ -20,7 +20,7 @@ from server.engine.options import Options
 from server.engine.request import Mode, Refused
 from server.engine.scheduler import Plan
 from server.engine.sequence import Sequence
-from server.engine.settle import audit, settle
+from server.engine.settle import prepare, settle
 from server.engine.speculation import Speculation
 from strace.draft import DraftLimits, DraftPlan, GainRule, count_alive
 from strace.kv import Batch
@@ -70,23 +70,28 @@ class Cycle:
         self._options = options
         self._longest = max(options.max_draft, options.run_limit)
         self._turn = Turn(0)
+        self._keys: dict[Sequence, Key] = {}
         self.spent = Spent()
 
     def draft(self, plan: Plan) -> None:
         """Draw drafts, batched per subgraph, where the guard lets them and they pay, and book them."""
         self.spent = Spent()
-        keys = {_key(s) for s in plan.decoding if s.ran.mode != Mode.FULL}
-        self._turn = turn = self.guard.turn(keys, len(plan.decoding), measurable=not plan.chunks)
+        able = {s: _key(s) for s in plan.decoding if s.ran.mode != Mode.FULL}
+        self._turn = turn = self.guard.turn(able.values(), len(plan.decoding), measurable=not plan.chunks)
+        self._keys = {s: turn.runs(key) for s, key in able.items()}
         planned = len(plan.decoding) + sum(plan.chunks.values())
         by_graph: dict[str, list[Sequence]] = {}
-        for sequence in plan.decoding:
-            if sequence.ran.mode != Mode.FULL and turn.allows(_key(sequence)):
-                by_graph.setdefault(sequence.ran.class_name, []).append(sequence)
+        for sequence, key in self._keys.items():
+            if key != able[sequence]:
+                sequence.ran.bypass = self.guard.why_shut(turn, key[1]) or sequence.ran.bypass
+            if turn.allows(key):
+                by_graph.setdefault(key[1], []).append(sequence)
         for graph, sequences in by_graph.items():
             rule = self.speculation.rule(graph, planned, len(plan.decoding))
             if not (turn.probe or rule.pays(1.0, len(sequences), 0, self._longest)):
                 continue  # before the texts are looked at: where drafts do not pay nothing else shall cost either
-            rule, limits = self._choose_drafting(graph, rule, {s: s.limits(self._options) for s in sequences})
+            limits = {s: s.limits(self._options, shut=self._is_shut(s)) for s in sequences}
+            rule, limits = self._choose_drafting(graph, rule, limits)
             if limits:
                 drafting = DraftPlan([s.sampler() for s in limits], list(limits.values()), rule)
                 planned += self._draft_with(graph, drafting, list(limits))
@@ -117,9 +122,13 @@ class Cycle:
         if alive:  # a grammar may leave a short head nothing to draw
             self.cost.observe(graph, alive, seconds)
         for sequence, draft in zip(sequences, drafts, strict=True):
-            self._turn.drafted[_key(sequence)] += len(draft.tokens)
-            sequence.book(draft)
+            self._turn.drafted[self._keys[sequence]] += len(draft.tokens)
+            sequence.book(draft, shut=self._is_shut(sequence))
         return sum(alive)
+
+    def _is_shut(self, sequence: Sequence) -> bool:
+        """Whether this step verifies all that it drafts for a text."""
+        return self._keys[sequence][0] != Mode.ROUTED
 
     def full_pass(self, plan: Plan) -> Rows:
         """One full-model pass over everything."""
@@ -147,14 +156,14 @@ class Cycle:
             if sequence.reads_prompt:
                 rows.read_prompt(sequence)
             sequence.verified += count
-        settling = {s: audit(s, rows.logits, span.start, self.runner) for s, span in rows.spans.items()}
+        settling = {s: prepare(s, rows.logits, span.start) for s, span in rows.spans.items()}
         held, begun = [each.held for each in settling.values()], time.perf_counter()
         verdicts = self.runner.verify(rows.logits, held)
         self.spent.add(begun)
         failed: dict[Sequence, Exception] = {}
-        for (sequence, each), tokens in zip(settling.items(), verdicts, strict=True):
+        for (sequence, each), verdict in zip(settling.items(), verdicts, strict=True):
             try:
-                judged = settle(sequence, each, tokens)
+                judged = settle(sequence, each, verdict)
             except Refused as error:
                 failed[sequence] = error
                 continue
@@ -179,14 +188,14 @@ class Cycle:
         added = sum(s.ran.tokens - n for s, n in before.items())
         self.speculation.paced(added, len(before), seconds)
         gained = Counter[Key]()
-        for sequence, tokens in before.items():
-            gained[_key(sequence)] += max(sequence.ran.tokens - tokens - 1, 0)
+        for sequence, key in self._keys.items():
+            gained[key] += max(sequence.ran.tokens - before[sequence] - 1, 0)
         self.guard.book(self._turn, seconds, gained)
 
 
 def _key(sequence: Sequence) -> Key:
-    """What a text is judged by."""
-    return sequence.ran.mode, sequence.ran.class_name
+    """What a text is judged by; one that may emit nothing is drafted for as in `exact`."""
+    return Mode.ROUTED if sequence.emits else Mode.EXACT, sequence.ran.class_name
 
 
 def _batch(tokens: dict[Sequence, list[int]]) -> Batch:

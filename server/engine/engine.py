@@ -488,11 +488,12 @@ class Engine:
         self.observer.on_finish(ran, sequence.times, outcome)
 
     def _audit(self, sequence: Sequence) -> None:
-        """Tell the auditor of a request that was promised something: one with a threshold of its own was not."""
+        """Tell the auditor of a request that was promised something: one with a threshold of its own was not. One whose
+        gate was never open says nothing."""
         ran, shadow, risk = sequence.ran, sequence.shadow, sequence.gate.risk
         if risk is None:
             return
-        if ran.mode == Mode.ROUTED and ran.tokens:
+        if sequence.opened and ran.tokens:
             self.auditor.observe(ran.class_name, ran.divergent / ran.tokens, risk)
         elif shadow is not None and shadow.judged:
             self.auditor.observe_shadow(ran.class_name, shadow.divergent / shadow.judged, risk)

@@ -49,7 +49,8 @@ class Sequence:
     Between steps everything but the last token is verified, or the prompt is still being read. draft: what this step
     drew; the first `emitted` of its tokens are already part of the text, the others are held until the full model has
     settled them. blocks: those of the cache that it holds, `table` the same as the runner reads it; the first `sealed`
-    of them are filled and known to the pool. constraint: where it is in the grammar that it must follow.
+    of them are filled and known to the pool. opened: whether it has drafted with an open gate. constraint: where it is
+    in the grammar that it must follow.
     """
 
     request: Request
@@ -69,6 +70,7 @@ class Sequence:
     sealed: int = 0
     draft: Draft = _NOTHING
     emitted: int = 0
+    opened: bool = False
     finish: str | None = None
     cancelled: bool = False
     _fresh: list[int] = field(default_factory=list)
@@ -124,28 +126,38 @@ class Sequence:
 
     def most_drafts(self, options: Options) -> int:
         """Drafts of a step at most, had the text no end."""
-        if self.ran.mode == Mode.ROUTED:
-            limits = self.limits(options)
-            return limits.held + (limits.emitted if limits.threshold <= 1 else 0)
-        held = options.max_draft if options.draft_length is None else min(options.max_draft, options.draft_length)
-        if self.request.max_draft is not None:
-            held = min(held, self.request.max_draft)
-        return held
+        held = self._cap(options.max_draft, options)
+        return held + self._cap(self._most_emitted(options), options) if self.emits else held
 
-    def limits(self, options: Options) -> DraftLimits:
-        """Where this step's draft ends."""
-        caps = [limit for limit in (options.draft_length, self.request.max_draft) if limit is not None]
+    def limits(self, options: Options, shut: bool = False) -> DraftLimits:
+        """Where this step's draft ends. shut: all of it is held."""
         # The full model itself adds the last token before the limit.
         room = self.most_tokens - len(self.ids) - 1
-        gated = max(0, min(self.gate.tokens - self.ran.tokens, room))
-        emitted = min([options.run_limit, int(gated), *caps])
-        threshold = self.threshold if self.ran.mode == Mode.ROUTED else math.inf
-        return DraftLimits(min([options.max_draft, *caps]), emitted, room, threshold)
+        held = self._cap(options.max_draft, options)
+        if shut or not self.emits:
+            return DraftLimits(held, 0, room, math.inf)
+        return DraftLimits(held, self._cap(self._most_emitted(options), options), room, self.threshold)
+
+    def _most_emitted(self, options: Options) -> int:
+        """The longest run of tokens that the gate would let through from here on."""
+        return int(min(options.run_limit, self.gate.tokens - self.ran.tokens))
+
+    def _cap(self, most: int, options: Options) -> int:
+        """`most`, or less where engine or request say so."""
+        for limit in (options.draft_length, self.request.max_draft):
+            if limit is not None and limit < most:
+                most = limit
+        return most
 
     @property
     def threshold(self) -> float:
-        """The confidence from which the next token may be emitted unverified; infinite where none may."""
+        """The confidence from which the gate lets the next token be emitted unverified; infinite where none may."""
         return self.gate.threshold if self.ran.tokens < self.gate.tokens else math.inf
+
+    @property
+    def emits(self) -> bool:
+        """Whether the next token may be emitted unverified."""
+        return self.ran.mode is Mode.ROUTED and self.threshold <= 1
 
     def sampler(self, back: int = 0) -> Sampler:
         """How the next tokens are drawn, or those from `back` tokens ago."""
@@ -159,12 +171,13 @@ class Sequence:
         barred = sorted(self.stop_ids) if end < barred_until else []
         return Sampler(params, self.noise, end, history, before, barred, barred_until)
 
-    def book(self, draft: Draft) -> None:
+    def book(self, draft: Draft, shut: bool = False) -> None:
         """Take over a step's draft: in `routed` its sure tokens become part of the text at once, up to the first that
-        is not sure or would end the text. That one and all after it are held."""
+        is not sure or would end the text. That one and all after it are held, and everything if the gate is shut."""
         self.draft, self.emitted, threshold = draft, 0, self.threshold
-        if self.ran.mode != Mode.ROUTED:
+        if shut or not self.emits:
             return
+        self.opened = True
         for token, confidence in zip(draft.tokens, draft.confidence, strict=True):
             if confidence < threshold or self._ends(token):
                 break

@@ -201,7 +201,7 @@ def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeyp
 
 
 def test_a_class_that_does_not_surely_gain_over_pooled_is_drafted_for_by_it(traced: Traced) -> None:
-    options, made = traced
+    _, made = traced
     pooled = made["pooled"]
     assert pooled.beside is None
     for name in ("digits", "letters"):

@@ -276,7 +276,7 @@ class Failing:
         self.inner, self.left, self.drafting = make_runner(), when, drafting
         self.error = error or ValueError("no sense")
         self.cache = self.inner.cache
-        self.process, self.verify = self.inner.process, self.inner.verify
+        self.verify = self.inner.verify
 
     def count(self, drafting: bool) -> None:
         self.left -= drafting == self.drafting
