@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -123,6 +124,7 @@ class Metrics:
         self.step_seconds = counter("step_seconds", "Time spent in steps, by whether the runner took it", "part")
         self.in_runner, self.outside = self.step_seconds.labels("runner"), self.step_seconds.labels("engine")
         self.passes = counter("passes", "Passes over the weights", "graph")
+        self._passes_of = cache(self.passes.labels)
         self.judges = Judges()
         self.registry.register(self.judges)
 
@@ -150,7 +152,7 @@ class Metrics:
         self.in_runner.inc(step.runner_seconds)
         self.outside.inc(max(0.0, step.seconds - step.runner_seconds))
         for graph, passes in step.passes.items():
-            self.passes.labels(graph).inc(passes)
+            self._passes_of(graph).inc(passes)
 
     def on_finish(self, ran: Ran, times: Times, outcome: str) -> None:
         """Add a finished request's accounts and times."""

@@ -2,7 +2,8 @@
 
 Every runner runs the same `DraftPlan`: the torch runner with `Drafting` below, the native one in native/draft.cpp.
 Whether another token is drawn may depend on all drawn before; whether one counts as emitted or held reads its
-confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn.
+confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn. (What is made anew in
+each step is mostly not frozen: that would take three times as long.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from strace.sampling import Noise, Sampler, SamplingParams, draw_draft
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftLimits:
     """Where one sequence's draft ends: the most tokens held, the most emitted while none is held, the most of both.
 
@@ -37,7 +38,7 @@ class DraftLimits:
         return min(self.emitted - emitted if emitting else self.held - held, self.room - held - emitted)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GainRule:
     """Whether another token pays: its expected tokens against what its time would bring at the rate now achieved.
 
@@ -85,8 +86,10 @@ class GainRule:
 
 def extrapolate(table: np.ndarray, n: int) -> float:
     """Entry n, beyond the last one by the last slope."""
-    beyond = max(0, n - len(table) + 1)
-    return float(table[n - beyond] + beyond * (table[-1] - table[-2]))
+    if n < len(table):
+        return float(table[n])
+    beyond = n - len(table) + 1
+    return float(table[-1] + beyond * (table[-1] - table[-2]))
 
 
 def find_bin(confidence: float, bins: int) -> int:
@@ -94,7 +97,7 @@ def find_bin(confidence: float, bins: int) -> int:
     return min(int(confidence * bins), bins - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftPlan:
     """What a runner needs to draft on its own, per sequence of a batch, and for all."""
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import operator
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,7 @@ from strace.draft import Draft, DraftLimits, DraftPlan, GainRule, Held, Verdict
 from strace.kv import Batch, KVCache
 from strace.linear import DENSE, Codes, Linear
 from strace.native import NativeError
+from strace.runner import FULL
 from strace.sampling import Sampler, SamplingParams
 
 _CACHE_LINE = 64
@@ -198,11 +200,15 @@ def _describe_graph(decoder: Decoder, weights: Weights) -> tuple[native.GraphDes
     return description, outline
 
 
+_array = cache(operator.mul)
+"""The type of an array, of an element's type and a length. ctypes itself forgets types, and takes long to make them."""
+
+
 def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
     """A batch as C sees it, and what must live until the call is over."""
     tokens, tables = batch.tokens.contiguous(), batch.tables.contiguous()
     sequences, stride = tables.shape
-    numbers = ctypes.c_int32 * sequences
+    numbers = _array(ctypes.c_int32, sequences)
     counts, starts = numbers(*batch.counts), numbers(*batch.starts)
     return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
 
@@ -237,30 +243,65 @@ def _describe_params(params: SamplingParams) -> tuple[native.Sampler, tuple[np.n
     ), (bias_ids, bias)
 
 
-def _describe_samplers(samplers: Sequence[Sampler]) -> tuple[ctypes.Array[native.Sampler], list[Any]]:
-    """How sequences are sampled as C sees it, and what must live until the call is over."""
-    described, kept = (native.Sampler * len(samplers))(), list[Any]()
-    size = ctypes.sizeof(native.Sampler)
-    for number, (place, sampler) in enumerate(zip(described, samplers, strict=True)):
-        common = _describe_params(sampler.params)
-        ctypes.memmove(ctypes.addressof(described) + number * size, ctypes.addressof(common[0]), size)
-        place.shared, place.key, place.position = sampler.noise.shared, sampler.noise.key, sampler.position
-        kept.append(common)
-        if sampler.history or sampler.prompt or sampler.barred:
-            kept.append(_add_tokens(place, sampler))
-        if sampler.allowed is not None:
-            place.allow = _allow(sampler.allowed)
-            kept.append(place.allow)
-    return described, kept
+class _Samplers:
+    """How sequences are sampled as C sees it: described anew for others than the last time, the same only moved on."""
+
+    def __init__(self) -> None:
+        self._known: list[Sampler] = []
+        self._described = (native.Sampler * 0)()
+        self._places: list[native.Sampler] = []
+        self._kept: list[Any] = []  # what must live as long as the description
+        self._histories: list[np.ndarray] = []
+
+    def describe(self, samplers: Iterable[Sampler]) -> ctypes.Array[native.Sampler]:
+        """Good until the next call."""
+        if (now := list(samplers)) != self._known:
+            self._known, self._described = now, (native.Sampler * len(now))()
+            self._places = list(self._described)
+            self._kept = [_describe_sampler(*each) for each in zip(self._places, now, strict=True)]
+        self._histories = []
+        for place, sampler in zip(self._places, now, strict=True):
+            place.position = sampler.position
+            if sampler.history:
+                self._histories.append(_add_history(place, sampler.history))
+        return self._described
 
 
-def _add_tokens(place: native.Sampler, sampler: Sampler) -> list[np.ndarray]:
-    """Describe the tokens that a sampler counts or bars; the arrays that hold them."""
-    arrays = [np.asarray(ids, dtype=np.int64) for ids in (sampler.history, sampler.prompt, sampler.barred)]
-    place.history, place.prompt, place.barred = (array.ctypes.data for array in arrays)
-    place.history_count, place.prompt_count, place.barred_count = map(len, arrays)
-    place.barred_until = sampler.barred_until
-    return arrays
+def _describe_sampler(place: native.Sampler, sampler: Sampler) -> list[Any]:
+    """Describe what of a sampler stays; what must live as long."""
+    common = _describe_params(sampler.params)
+    ctypes.pointer(place)[0] = common[0]
+    place.shared, place.key = sampler.noise.shared, sampler.noise.key
+    prompt, barred = (np.asarray(ids, dtype=np.int64) for ids in (sampler.prompt, sampler.barred))
+    place.prompt, place.prompt_count = prompt.ctypes.data, len(prompt)
+    place.barred, place.barred_count, place.barred_until = barred.ctypes.data, len(barred), sampler.barred_until
+    if sampler.allowed is not None:
+        place.allow = _allow(sampler.allowed)
+    return [common, prompt, barred, place.allow]
+
+
+def _add_history(place: native.Sampler, history: Sequence[int]) -> np.ndarray:
+    """Describe the tokens that a sampler counts; the array that holds them."""
+    array = np.asarray(history, dtype=np.int64)
+    place.history, place.history_count = array.ctypes.data, len(array)
+    return array
+
+
+def _describe_held(held: Sequence[Held]) -> tuple[ctypes.Array[native.Held], Any, Any]:
+    """Drafts to judge as C sees them, what must live until the call is over, and where their divergences will be."""
+    described = _array(native.Held, len(held))()
+    tokens = [token for text in held for token in text.tokens]
+    drafts, divergences = _array(ctypes.c_int64, len(tokens))(*tokens), _array(ctypes.c_float, len(tokens))()
+    place, told = ctypes.addressof(drafts), ctypes.addressof(divergences)
+    for entry, text in zip(described, held, strict=True):
+        entry.row, entry.count, entry.drafts = text.row, len(text.tokens), place
+        if text.q is not None:
+            entry.q = text.q.data_ptr()
+        if text.audited:
+            entry.emitted, entry.audited, entry.divergences = text.emitted, text.audited, told
+        place += ctypes.sizeof(ctypes.c_int64) * len(text.tokens)
+        told += ctypes.sizeof(ctypes.c_float) * len(text.tokens)
+    return described, drafts, divergences
 
 
 def _describe_rule(rule: GainRule) -> native.Rule:
@@ -337,6 +378,7 @@ class NativeRunner:
                 description, self.graphs[name] = _describe_graph(decoder, self._weights)
                 self._numbers[name] = native.check(self._library.st_add_graph(self._handle, description))
         self._rooms: dict[str, Tensor] = {}
+        self._judging, self._drafting = _Samplers(), {name: _Samplers() for name in graphs}
         self._token_ids = {name: decoder.token_ids for name, decoder in graphs.items()}
 
     def _describe_cache(self) -> native.Cache:
@@ -373,7 +415,7 @@ class NativeRunner:
 
     def _run(self, graph: str, batch: Batch, rows: list[int], logits: int | None, summaries: int | None) -> None:
         described, _borrowed = _describe_batch(batch)
-        wanted = (ctypes.c_int32 * len(rows))(*rows)
+        wanted = _array(ctypes.c_int32, len(rows))(*rows)
         number = self._numbers[graph]
         native.check(self._library.st_forward(self._handle, number, described, wanted, len(rows), logits, summaries))
 
@@ -381,28 +423,30 @@ class NativeRunner:
         sequences, most = len(plan.limits), max(map(_most, plan.limits))
         vocabulary = self.graphs[graph].spec.vocabulary
         described, _borrowed = _describe_batch(batch)
-        samplers, _kept = _describe_samplers(plan.samplers)
         limits = (native.Limits(limit.held, limit.emitted, limit.room, limit.threshold) for limit in plan.limits)
-        counts, tokens = np.empty(sequences, np.int32), np.empty((sequences, most), np.int64)
-        confidence, q = np.empty((sequences, most), np.float32), self._q(graph, sequences * most * vocabulary)
-        results = (*(array.ctypes.data for array in (counts, tokens, confidence)), q.data_ptr())
+        counts, tokens = _array(ctypes.c_int32, sequences)(), _array(ctypes.c_int64, sequences * most)()
+        confidence, q = _array(ctypes.c_float, sequences * most)(), self._q(graph, sequences * most * vocabulary)
         native.check(
             self._library.st_draft(
                 self._handle,
                 self._numbers[graph],
                 described,
-                samplers,
-                (native.Limits * sequences)(*limits),
+                self._drafting[graph].describe(plan.samplers),
+                _array(native.Limits, sequences)(*limits),
                 _describe_rule(plan.rule),
                 most,
-                *results,
+                counts,
+                tokens,
+                confidence,
+                q.data_ptr(),
             )
         )
         rows = q[: sequences * most * vocabulary].view(sequences, most, vocabulary)
-        return [
-            Draft(tokens[s, :n].tolist(), confidence[s, :n].tolist(), None if plan.samplers[s].greedy else rows[s, :n])
-            for s, n in enumerate(counts)
-        ]
+        drafts = []
+        for s, (count, sampler) in enumerate(zip(counts, plan.samplers, strict=True)):
+            drawn = slice(s * most, s * most + count)
+            drafts.append(Draft(tokens[drawn], confidence[drawn], None if sampler.greedy else rows[s, :count]))
+        return drafts
 
     def _q(self, graph: str, size: int) -> Tensor:
         """Room for a draft's distributions, float32 [size or more], the same from draft to draft."""
@@ -412,38 +456,39 @@ class NativeRunner:
 
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
         """`Sampler.process` in place, for tests."""
-        described, _kept = _describe_samplers([sampler])
+        described = _Samplers()
         rows, vocabulary = logits.shape
         between = np.asarray(drafts, dtype=np.int64)
-        native.check(
-            self._library.st_process(self._handle, logits.data_ptr(), rows, between.ctypes.data, vocabulary, described)
-        )
+        place, samplers = between.ctypes.data, described.describe([sampler])
+        native.check(self._library.st_process(self._handle, logits.data_ptr(), rows, place, vocabulary, samplers))
         return logits
 
     def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
-        texts = len(held)
-        samplers, _kept = _describe_samplers([text.sampler for text in held])
-        drafts = np.array([token for text in held for token in text.tokens], dtype=np.int64)
-        divergences = np.empty(len(drafts), dtype=np.float32)
-        described, first = (native.Held * texts)(), 0
-        for entry, text in zip(described, held, strict=True):
-            entry.row, entry.count, entry.drafts = text.row, len(text.tokens), drafts.ctypes.data + 8 * first
-            if text.q is not None:
-                entry.q = text.q.data_ptr()
-            if text.audited:
-                entry.emitted, entry.audited = text.emitted, text.audited
-                entry.divergences = divergences.ctypes.data + 4 * first
-            first += len(text.tokens)
-        standing, tokens = (ctypes.c_int32 * texts)(), (ctypes.c_int64 * texts)()
-        vocabulary = logits.shape[1]
-        native.check(
-            self._library.st_verify(
-                self._handle, logits.data_ptr(), vocabulary, texts, described, samplers, standing, tokens
-            )
-        )
-        first, verdicts = 0, []
-        for text, n, token in zip(held, standing, tokens, strict=True):
-            told = divergences[first : first + min(text.audited, n + 1)].tolist() if text.audited else []
-            verdicts.append(Verdict([*text.tokens[:n], token], told))
-            first += len(text.tokens)
-        return verdicts
+        described, _drafts, divergences = _describe_held(held)
+        samplers = self._judging.describe(text.sampler for text in held)
+        standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
+        rows = logits.data_ptr(), logits.shape[1]
+        native.check(self._library.st_verify(self._handle, *rows, len(held), described, samplers, standing, tokens))
+        return _tell(held, standing, tokens, divergences)
+
+    def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
+        described, _borrowed = _describe_batch(batch)
+        texts, _drafts, divergences = _describe_held(held)
+        samplers = self._judging.describe(text.sampler for text in held)
+        wanted = _array(ctypes.c_int32, len(rows))(*rows)
+        standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
+        asked = self._numbers[FULL], described, wanted, len(rows), len(held), texts, samplers
+        native.check(self._library.st_verify_pass(self._handle, *asked, standing, tokens))
+        return _tell(held, standing, tokens, divergences)
+
+
+def _tell(
+    held: Sequence[Held], standing: Iterable[int], tokens: Iterable[int], divergences: Sequence[float]
+) -> list[Verdict]:
+    """The verdicts as the engine wants them."""
+    first, verdicts = 0, []
+    for text, n, token in zip(held, standing, tokens, strict=True):
+        told = divergences[first : first + min(text.audited, n + 1)] if text.audited else []
+        verdicts.append(Verdict([*text.tokens[:n], token], list(told)))
+        first += len(text.tokens)
+    return verdicts

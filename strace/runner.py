@@ -45,8 +45,12 @@ class Runner(Protocol):
         """Per text `strace.sampling.verify` and `audit`, from the full model's logits, float32 [R, V], which may be
         overwritten."""
 
+    def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
+        """`verify` of the full model's rows at the positions `rows`, where nobody else asks for them."""
+        return self.verify(self.forward(FULL, batch, rows), held)
 
-class TorchRunner:
+
+class TorchRunner(Runner):
     """The portable reference, in eager torch."""
 
     name = "torch"
@@ -90,6 +94,7 @@ class TorchRunner:
             step, rows = Batch(tokens, [1] * len(alive), starts, batch.tables[alive]), list(range(len(alive)))
         return [each.draft for each in drafting]
 
+    @torch.inference_mode()
     def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
         return [_settle(logits[text.row : text.row + len(text.tokens) + 1], text) for text in held]
 

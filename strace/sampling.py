@@ -10,7 +10,7 @@ probability min(1, p/q) and a rejected one is replaced from the residual, so the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -72,9 +72,10 @@ class Noise:
         return -(-u.clamp_min(1e-300).log()).log()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sampler:
-    """How the next tokens of one sequence are drawn.
+    """How the next tokens of one sequence are drawn. Two are the same if they are one object: it goes with its text,
+    and only `position` and `history` change.
 
     position: of the next one. history: the tokens generated before it, if penalties count them; prompt: those before
     the text, if the repetition penalty does. barred: ids that no token before position `barred_until` may be. allowed:
@@ -85,7 +86,7 @@ class Sampler:
     params: SamplingParams
     noise: Noise
     position: int
-    history: Sequence[int] = ()
+    history: list[int] = field(default_factory=list)
     prompt: Sequence[int] = ()
     barred: Sequence[int] = ()
     barred_until: int = 0
@@ -120,6 +121,11 @@ class Sampler:
         allowed = self.allowed
         behind = None if allowed is None else lambda drafts: allowed([*tokens, *drafts])
         return replace(self, position=self.position + len(tokens), history=[*self.history, *tokens], allowed=behind)
+
+    def before(self, count: int) -> Sampler:
+        """The sampler in front of the last `count` tokens."""
+        history = self.history[: max(0, len(self.history) - count)]
+        return replace(self, position=self.position - count, history=history)
 
 
 def process(

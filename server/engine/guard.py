@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -177,8 +177,8 @@ class Bucket:
     """What is kept per batch size. Debts, in seconds, are paid back by 1 % of the time; nothing is spent before they
     are. level: seconds of a plain step over the table's; stamp: when it was last seen."""
 
-    tracks: dict[Key, Track] = field(default_factory=dict)
-    gates: dict[str, GateTrack] = field(default_factory=dict)
+    tracks: defaultdict[Key, Track] = field(default_factory=lambda: defaultdict(Track))
+    gates: defaultdict[str, GateTrack] = field(default_factory=lambda: defaultdict(GateTrack))
     plain_debt: float = 0.0
     probe_debt: float = 0.0
     level: float | None = None
@@ -199,7 +199,7 @@ class Bucket:
 
     def gate_trust(self, name: str) -> Trust:
         """Of the gate of a class, as far as its texts may draft at all."""
-        gate = self.gates.setdefault(name, GateTrack())
+        gate = self.gates[name]
         routed, exact = (
             (mode, name) in self.tracks and self.tracks[mode, name].trust is Trust.OFF
             for mode in (Mode.ROUTED, Mode.EXACT)
@@ -245,7 +245,7 @@ class Guard:
         draft, and measures nothing."""
         self._table = full_seconds.copy()
         self._active = active
-        self._buckets: dict[int, Bucket] = {}
+        self._buckets = defaultdict[int, Bucket](Bucket)
         self._random = random.Random(0)
 
     def turn(self, keys: Iterable[Key], batch: int, measurable: bool) -> Turn:
@@ -254,11 +254,11 @@ class Guard:
         turn = Turn(batch, frozenset(keys))
         if not self._active or not turn.keys:
             return turn
-        bucket = self._buckets.setdefault(_size(batch), Bucket())
+        bucket = self._buckets[_size(batch)]
         if routed := {name for mode, name in turn.keys if mode is Mode.ROUTED}:
             turn.shut = {name: self._shuts(bucket.gate_trust(name)) for name in routed}
             turn.keys = frozenset(map(turn.runs, turn.keys))
-        tracks = {key: bucket.tracks.setdefault(key, Track()) for key in turn.keys}
+        tracks = {key: bucket.tracks[key] for key in turn.keys}
         turn.off = frozenset(key for key, track in tracks.items() if track.trust is Trust.OFF)
         if not measurable:
             return turn
@@ -306,7 +306,7 @@ class Guard:
 
     def forget(self) -> None:
         """Judge anew: the drafts are others now. Between steps."""
-        self._buckets = {}
+        self._buckets = defaultdict(Bucket)
 
     def full_step(self, batch: int) -> float | None:
         """Seconds of a plain full step as lately measured at about this batch size, if it was."""

@@ -22,18 +22,19 @@ class Settling:
     raw: Tensor | None
 
 
-def prepare(sequence: Sequence, logits: Tensor, row: int) -> Settling:
+def prepare(sequence: Sequence, row: int, logits: Tensor | None = None) -> Settling:
     """A text's drafts as the full model shall judge them: what was emitted is audited, what is held is settled.
 
-    logits: the full model's, float32 [R, V]; from `row` on those before each of the step's drafts and after the last.
+    row: of the full model's logits, the one before the first draft. logits: float32 [R, V], where log-probabilities are
+    asked for.
     """
-    draft, emitted = sequence.take_draft()
+    draft, emitted, sampler = sequence.draft, sequence.emitted, sequence.sampler
     raw = None
-    if sequence.request.logprobs is not None:
+    if logits is not None and sequence.request.logprobs is not None:
         raw = logits[row + emitted : row + len(draft.tokens) + 1].clone()
     audited = emitted if sequence.shadow is None else _count_sure(sequence, draft)
-    held = Held(row, draft.tokens, draft.q, sequence.sampler(back=emitted), emitted, audited)
-    return Settling(draft, held, raw)
+    first = sampler.before(emitted) if emitted else sampler
+    return Settling(draft, Held(row, draft.tokens, draft.q, first, emitted, audited), raw)
 
 
 def settle(sequence: Sequence, settling: Settling, verdict: Verdict) -> list[tuple[float, float]]:
@@ -44,25 +45,17 @@ def settle(sequence: Sequence, settling: Settling, verdict: Verdict) -> list[tup
     if sequence.request.max_tokens == 0:
         sequence.finish, sequence.verified = "length", len(sequence.ids) - 1
         return []
-    draft, emitted = settling.draft, settling.held.emitted
-    tokens, divergences = verdict.tokens[emitted:], verdict.divergences
-    held, accepted = len(draft.tokens) - emitted, len(tokens) - 1
-    shares = [1 - divergence for divergence in divergences[:emitted]] + [1.0] * accepted + [0.0] * (accepted < held)
-    if sequence.shadow is None:
-        sequence.ran.divergent += sum(divergences)
-    else:
-        sequence.shadow.judged += min(accepted + 1, held)
-        sequence.shadow.divergent += sum(divergences)
-    _account(sequence, draft, emitted, accepted)
-    count, raw = sequence.request.logprobs, settling.raw
-    logprobs = [None] * len(tokens) if raw is None else read_logprobs(raw, tokens, count or 0)
-    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-        sequence.append(token, drafted=i < accepted, logprob=logprob)
+    tokens = verdict.tokens[settling.held.emitted :]
+    accepted = len(tokens) - 1
+    judged = _account(sequence, settling, accepted, verdict.divergences) if settling.draft.tokens else []
+    logprobs = None if settling.raw is None else read_logprobs(settling.raw, tokens, sequence.request.logprobs or 0)
+    for i, token in enumerate(tokens):
+        sequence.append(token, i < accepted, None if logprobs is None else logprobs[i])
         if sequence.finish:
             break
     # Accepted drafts went through the pass as they stand; the last token, or what cut the text, need not have.
     sequence.verified = len(sequence.ids) - 1
-    return list(zip(draft.confidence, shares, strict=False))
+    return judged
 
 
 def _count_sure(sequence: Sequence, draft: Draft) -> int:
@@ -72,10 +65,18 @@ def _count_sure(sequence: Sequence, draft: Draft) -> int:
     return sure.index(False) if False in sure else len(sure)
 
 
-def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> None:
-    if not draft.tokens:
-        return
-    ran, standing = sequence.ran, emitted + accepted
+def _account(
+    sequence: Sequence, settling: Settling, accepted: int, divergences: list[float]
+) -> list[tuple[float, float]]:
+    """Book a draft, of which nothing is left; gives what `settle` does. accepted: of what was held."""
+    draft, emitted = settling.draft, settling.held.emitted
+    held, ran, standing = len(draft.tokens) - emitted, sequence.ran, emitted + accepted
+    sequence.clear_draft()
+    if sequence.shadow is None:
+        ran.divergent += sum(divergences)
+    else:
+        sequence.shadow.judged += min(accepted + 1, held)
+        sequence.shadow.divergent += sum(divergences)
     ran.drafts += 1
     ran.drafted += len(draft.tokens)
     ran.accepted += standing
@@ -84,3 +85,5 @@ def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> N
         ran.accepted_at[i] += 1
     unsure = ran.mode == Mode.ROUTED and emitted < len(draft.tokens)
     ran.fallbacks += int(unsure or standing < len(draft.tokens))
+    shares = [1 - divergence for divergence in divergences[:emitted]] + [1.0] * accepted + [0.0] * (accepted < held)
+    return list(zip(draft.confidence, shares, strict=False))

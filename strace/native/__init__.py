@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI = 4
+ABI = 5
 FORMATS = {"fp32": 1, "bf16": 2, "int8": 3, "int4": 4}
 NORMS = {"rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_pytorch_tanh": 3}
@@ -212,6 +212,21 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "st_uniform": (None, [c_uint64, c_int64, c_int32, c_int32, c_void_p]),
     "st_process": (c_int32, [c_void_p, c_void_p, c_int32, c_void_p, c_int32, POINTER(Sampler)]),
+    "st_verify_pass": (
+        c_int32,
+        [
+            c_void_p,
+            c_int32,
+            POINTER(Batch),
+            POINTER(c_int32),
+            c_int32,
+            c_int32,
+            POINTER(Held),
+            POINTER(Sampler),
+            c_void_p,
+            c_void_p,
+        ],
+    ),
     "st_verify": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, POINTER(Held), POINTER(Sampler), c_void_p, c_void_p]),
 }
 

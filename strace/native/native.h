@@ -18,7 +18,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define ST_ABI 4 /* raised whenever a struct or a signature changes */
+#define ST_ABI 5 /* raised whenever a struct or a signature changes */
 
 /* fp32 and bf16 take activations of their own precision; int8 and int4 take int8 activations, one float32 scale per 32
  * (scale = max |x| / 127, round half to even). All accumulate in float32 (int8 products exactly, in int32, per 32). */
@@ -187,6 +187,9 @@ typedef struct {
  * drafts stand, and the full model's token after them. */
 int32_t st_verify(st_runner *runner, float *logits, int32_t vocabulary, int32_t texts, const st_held *held,
                   const st_sampler *samplers, int32_t *standing, int64_t *tokens);
+/* `st_forward` of a graph that has a row for every id, and `st_verify` of its rows, which nobody else gets to see. */
+int32_t st_verify_pass(st_runner *runner, int32_t graph, const st_batch *batch, const int32_t *rows, int32_t row_count,
+                       int32_t texts, const st_held *held, const st_sampler *samplers, int32_t *standing, int64_t *tokens);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -15,7 +15,7 @@ from server.engine.options import Options
 from server.engine.request import Mode
 from strace.draft import Draft, DraftPlan
 from strace.kv import Batch
-from strace.runner import FULL
+from strace.runner import FULL, Runner
 from tests.server.engine.harness import FixedCost, decode, decode_full, make_engine, make_request, make_runner
 
 CODE: Key = (Mode.EXACT, "code")
@@ -207,7 +207,7 @@ def test_the_baseline_is_the_plain_step() -> None:
     assert world.guard.full_step(32) == pytest.approx(3 * 0.01 * 2**0.5, rel=0.1)
 
 
-class Clock:
+class Clock(Runner):
     """Time that passes by the passes alone. lie: what a draft step really costs. long: what each token of a full pass
     beyond five costs."""
 

@@ -19,7 +19,7 @@ from strace.draft import Held
 from strace.native_runner import NativeRunner
 from strace.runner import FULL
 from strace.sampling import Noise, Purpose, Sampler, SamplingParams, audit, draw_draft, draw_token, process, verify
-from tests.strace.native.passes import load_tiny, make_native
+from tests.strace.native.passes import load_tiny, make_batch, make_native
 
 SUSPICION = 1e-4
 
@@ -142,6 +142,46 @@ def test_a_block_is_settled_and_audited_as_by_the_reference(
     assert got.divergences == pytest.approx(divergences, abs=1e-5)
     assert first == last
     assert not first.divergences
+
+
+@settings(max_examples=50, derandomize=True)
+@given(
+    st.lists(st.tuples(parameters(), st.integers(0, 3), st.booleans()), min_size=1, max_size=5), st.integers(0, 10_000)
+)
+def test_a_pass_and_its_verdict_in_one_call_are_those_of_two(
+    texts: list[tuple[SamplingParams, int, bool]], seed: int
+) -> None:
+    """Also behind a text of whose rows none is wanted."""
+    counts = [3, *(count + 1 for _, count, _ in texts)]
+    batch = make_batch(counts, [0] * len(counts), seed)
+    held, rows, end = [], list[int](), 3
+    for number, (params, count, seeded) in enumerate(texts):
+        drafts = batch.tokens[end + 1 : end + 1 + count].tolist()
+        q = make_logits(count, 300, seed + number, False, False).softmax(1) if count and params.temperature else None
+        sampler = Sampler(params, Noise(seed, seeded), 1, [1, 2], [3])
+        held.append(Held(len(rows), drafts, q, sampler))
+        rows += range(end, end + count + 1)
+        end += count + 1
+    expected = runner().verify(runner().forward(FULL, batch, rows), held)
+    assert runner().verify_pass(batch, rows, held) == expected
+    assert runner().verify_pass(batch, [], []) == []
+
+
+@settings(max_examples=50, derandomize=True)
+@given(st.lists(parameters(), min_size=1, max_size=4), st.integers(0, 10_000))
+def test_samplers_that_go_with_their_texts_are_as_made_anew(shapes: list[SamplingParams], seed: int) -> None:
+    """What the runner keeps of a sampler must follow its position and history, and others that take its place."""
+    going = [Sampler(params, Noise(seed, shared=False), 2, [], [5], [7], 4) for params in shapes]
+    for step in range(4):
+        logits = make_logits(len(going), 300, seed + step, False, False)
+        anew = [Sampler(s.params, s.noise, s.position, [*s.history], s.prompt, s.barred, s.barred_until) for s in going]
+        expected = runner().verify(logits.clone(), [Held(i, [], None, sampler) for i, sampler in enumerate(anew)])
+        got = runner().verify(logits.clone(), [Held(i, [], None, sampler) for i, sampler in enumerate(going)])
+        assert got == expected
+        for sampler, (token,) in zip(going, got, strict=True):
+            sampler.position += 1
+            sampler.history.append(token)
+        going = going[-1:] + going[:-1]
 
 
 def test_blocks_follow_the_full_models_law() -> None:
