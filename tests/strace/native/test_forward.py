@@ -6,6 +6,7 @@ formats with int8 activations the rounding of activations between products too, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
