@@ -43,14 +43,14 @@ def choose_folder(model: str, subgraphs: Path | None) -> Path | None:
 
 
 def load_drafts(checkpoint: Checkpoint, full: Decoder, folder: Path | None) -> dict[str, Decoder]:
-    """The graphs that draft, by class; `pooled` is the whole model in int4 unless the folder has one.
+    """The graphs that draft, by class; `pooled` is the whole model in int4, itself if it is, unless the folder has one.
 
     Raises:
         BadSubgraph: see strace.subgraph.
     """
     drafts = {} if folder is None else load_subgraphs(folder, checkpoint, full)
     if POOLED not in drafts:
-        drafts[POOLED] = quantise_decoder(full, "int4")
+        drafts[POOLED] = full if full.head.format == "int4" else quantise_decoder(full, "int4")
     return drafts
 
 

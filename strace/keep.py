@@ -11,7 +11,7 @@ from strace.decoder import MLP, Attention, Decoder, Layer, Norm
 from strace.families import Spec
 from strace.flow import Flow
 from strace.layers import map_layers
-from strace.linear import DENSE, GROUP, Linear
+from strace.linear import DENSE, GROUP, Linear, choose_format
 
 NEURON_BLOCK = 32
 BF16 = 2  # bytes
@@ -166,7 +166,7 @@ def matrix_bytes(n: int, k: int, format: str) -> int:
     """Bytes of an [n, k] matrix in `format`, as `make_linear` stores it."""
     if format in DENSE:
         return n * k * DENSE[format].itemsize
-    if format == "int4" and k % GROUP == 0:
+    if choose_format(format, k) == "int4":
         return n * k // 2 + n * k // GROUP * BF16
     return n * k + n * BF16
 

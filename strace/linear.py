@@ -16,6 +16,7 @@ torch's own kernels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,11 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strace import native
+
 GROUP = 32
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("fp32", "bf16", "int8", "int4")
 _CACHE_LINE = 64
 _PIECE = 1 << 18  # weights quantised at once: what is made of them on the way stays in the processor's cache
+_SHRINKS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8)}  # scales tried: the largest weight's, and less
 _KERNEL_ROWS = 16  # torch's CPU int4 kernel takes output rows in multiples of this
 
 
@@ -51,6 +55,11 @@ class Codes:
         return (self.codes.view(n, groups, k // groups).float() * self.scales.float()[..., None]).view(n, k)
 
 
+def choose_format(format: str, columns: int) -> str:
+    """int4, or int8 in its place where the columns are not whole groups."""
+    return "int8" if format == "int4" and columns % GROUP else format
+
+
 def quantise(weight: Tensor, format: str) -> Codes:
     """Round a [N, K] matrix to `format`, each group's scale being the best in squared error of a few candidates.
 
@@ -63,9 +72,26 @@ def quantise(weight: Tensor, format: str) -> Codes:
     if format == "int4" and k % GROUP:
         raise ValueError(f"int4 needs a multiple of {GROUP} inputs, got {k}")
     step = max(1, _PIECE // k)
-    pieces = [_quantise_rows(weight[first : first + step], format) for first in range(0, n, step)]
-    codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    parts = [weight[first : first + step] for first in range(0, n, step)]
+    if weight.device.type == "cpu" and native.available():
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            pieces = list(pool.map(lambda part: quantise_natively(part, format), parts))
+    else:
+        pieces = [_quantise_rows(part, format) for part in parts]
+    codes, scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
     return Codes(format, codes, scales)
+
+
+def quantise_natively(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows by the native library, on this thread alone; the same bits as `_quantise_rows`."""
+    dense = weight.detach() if weight.dtype == torch.bfloat16 else weight.detach().float()
+    dense, (n, k) = dense.contiguous(), weight.shape
+    codes = torch.empty(n, k, dtype=torch.int8)
+    scales = torch.empty(n, k // GROUP if format == "int4" else 1, dtype=torch.bfloat16)
+    described = native.FORMATS[format], n, k, native.FORMATS[_dense_format(dense.dtype)]
+    places = (tensor.data_ptr() for tensor in (dense, codes, scales))
+    native.check(native.load().st_quantise(*described, *places))
+    return codes, scales
 
 
 def _quantise_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
@@ -75,15 +101,28 @@ def _quantise_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     low, high = (-8, 7) if format == "int4" else (-127, 127)
     blocks = weight.detach().float().reshape(n, groups, k // groups)
     peak = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
-    best, scales = torch.full_like(peak, torch.inf), torch.ones_like(peak)
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8) if format == "int4" else (1.0,):
-        scale = (peak * shrink / low).to(torch.bfloat16).float()
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        error = ((blocks / scale).round().clamp(low, high) * scale - blocks).square().sum(2, keepdim=True)
+    candidates = [(peak * shrink / low).to(torch.bfloat16).float() for shrink in _SHRINKS[format]]
+    scales, *others = (torch.where(scale == 0, torch.ones_like(scale), scale) for scale in candidates)
+    if others:
+        best = _find_error(blocks, scales, low, high)
+    for scale in others:
+        error = _find_error(blocks, scale, low, high)
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(error, best)
     codes = (blocks / scales).round().clamp(low, high).to(torch.int8).view(n, k)
     return codes, scales.squeeze(2).to(torch.bfloat16)
+
+
+def _find_error(blocks: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """The squared error of each group [..., 1] at its scale."""
+    return _add_halves(((blocks / scales).round().clamp(low, high) * scales - blocks).square())
+
+
+def _add_halves(x: Tensor) -> Tensor:
+    """Sums over the last dimension, which is a power of two, in an order that is the same everywhere."""
+    while (size := x.shape[-1]) > 1:
+        x = x[..., : size // 2] + x[..., size // 2 :]
+    return x
 
 
 def round_activations(x: Tensor) -> Tensor:
@@ -191,5 +230,5 @@ def make_linear(weight: Tensor, bias: Tensor | None, format: str) -> Linear:
     if format in DENSE:
         return Linear(weight.to(DENSE[format]), None if bias is None else bias.to(DENSE[format]))
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    usable = "int8" if format == "int4" and weight.shape[1] % GROUP else format
-    return Linear(quantise(weight, usable), None if bias is None else bias.to(dtype), dtype)
+    codes = quantise(weight, choose_format(format, weight.shape[1]))
+    return Linear(codes, None if bias is None else bias.to(dtype), dtype)

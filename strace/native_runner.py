@@ -373,10 +373,15 @@ class NativeRunner:
         if not self._handle:
             raise NativeError(self._library.st_error().decode())
         self._destroy = weakref.finalize(self, self._library.st_destroy, self._handle)
-        self._numbers, self.graphs = {}, {}
+        self._numbers: dict[str, int] = {}
+        self.graphs: dict[str, Decoder] = {}
+        known: dict[int, str] = {}  # a model in int4 drafts for itself
         with ThreadPoolExecutor(self.threads) as pool:
             self._weights = Weights(pool)
             for name, decoder in graphs.items():
+                if (same := known.setdefault(id(decoder), name)) != name:
+                    self._numbers[name], self.graphs[name] = self._numbers[same], self.graphs[same]
+                    continue
                 description, self.graphs[name] = _describe_graph(decoder, self._weights)
                 self._numbers[name] = native.check(self._library.st_add_graph(self._handle, description))
         self._rooms: dict[str, Tensor] = {}

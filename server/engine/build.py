@@ -70,7 +70,7 @@ def build_engine(
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
     dtype = choose_dtype(where.device, where.dtype)
-    full = load_decoder(checkpoint, dtype, where.device, where.max_memory)
+    full = load_decoder(checkpoint, dtype, where.device, where.max_memory, streamed=where.device == "cpu")
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
     tokenizer = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
@@ -124,7 +124,7 @@ def reload_drafts(
         )
     full, dtype = old.graphs[FULL], choose_dtype(where.device, where.dtype)
     if full.embed.is_meta:
-        full = load_decoder(again, dtype, where.device, where.max_memory)
+        full = load_decoder(again, dtype, where.device, where.max_memory, streamed=True)
     folder = choose_folder(checkpoint.model, subgraphs)
     drafts = load_drafts(again, full, folder)
     runner = make_runner(

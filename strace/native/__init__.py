@@ -188,6 +188,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "st_abi": (c_int32, []),
     "st_error": (c_char_p, []),
     "st_isa": (c_char_p, []),
+    "st_quantise": (c_int32, [*[c_int32] * 4, c_void_p, c_void_p, c_void_p]),
     "st_packed_bytes": (c_size_t, [c_int32] * 3),
     "st_pack_dense": (c_int32, [*[c_int32] * 3, c_void_p, c_void_p]),
     "st_pack_codes": (c_int32, [*[c_int32] * 3, c_void_p, c_void_p, c_void_p]),

@@ -24,6 +24,9 @@ struct Kernels {
   // y[t * stride + row] for `tokens` prepared rows and the output rows of panels [first, last), bias added.
   void (*multiply)(const st_matrix &matrix, const void *activations, int tokens, int first, int last, float *y,
                    size_t stride);
+  // Rows of weights, fp32 or bf16, to codes and scales of int8 or int4: st_quantise, with room for one row in float32.
+  void (*quantise)(int format, int rows, int columns, int weight_format, const void *weight, int8_t *codes,
+                   uint16_t *scales, float *row);
 };
 
 // The best that this CPU runs, or the lesser one that STRACE_ISA names. Chosen once.

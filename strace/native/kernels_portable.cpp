@@ -9,20 +9,6 @@
 namespace strace {
 namespace {
 
-inline float widen(uint16_t bf16) {
-  uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// To the nearest, ties to the even one.
-inline uint16_t narrow(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 struct Fp32 : Stateless {
   static constexpr int FORMAT = ST_FP32, TOKENS = 4;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
@@ -48,7 +34,7 @@ struct Bf16 : Stateless {
 
   static void prepare(const float *x, void *out) {
     uint16_t made[GROUP];
-    for (int i = 0; i < GROUP; i++) made[i] = narrow(x[i]);
+    for (int i = 0; i < GROUP; i++) made[i] = to_bf16(x[i]);
     memcpy(out, made, sizeof made);
   }
 
@@ -59,8 +45,8 @@ struct Bf16 : Stateless {
       for (int t = 0; t < T; t++) {
         uint16_t pair[2];
         memcpy(pair, x + t * stride, sizeof pair);
-        const float even = widen(pair[0]), odd = widen(pair[1]);
-        for (int r = 0; r < PANEL; r++) sums[t * PANEL + r] += widen(w[2 * r]) * even + widen(w[2 * r + 1]) * odd;
+        const float even = from_bf16(pair[0]), odd = from_bf16(pair[1]);
+        for (int r = 0; r < PANEL; r++) sums[t * PANEL + r] += from_bf16(w[2 * r]) * even + from_bf16(w[2 * r + 1]) * odd;
       }
     }
   }
@@ -130,7 +116,7 @@ struct Int4 : Stateless {
       }
       uint16_t scales[PANEL];
       memcpy(scales, weights, sizeof scales);
-      for (int r = 0; r < PANEL; r++) sums[r] += static_cast<float>(exact[r]) * (widen(scales[r]) * token.scale);
+      for (int r = 0; r < PANEL; r++) sums[r] += static_cast<float>(exact[r]) * (from_bf16(scales[r]) * token.scale);
     }
   }
 };

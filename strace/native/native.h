@@ -100,6 +100,10 @@ const char *st_error(void); /* of this thread's last failed call */
 /* the kernels in use: "avx512amx", "avx512bf16", "avx2" or "portable"; STRACE_ISA asks for a lesser one */
 const char *st_isa(void);
 
+/* weight [rows, columns], fp32 or bf16 (weight_format), rounded to int8 or int4 as strace/linear.py does, to the bit; codes
+ * and scales as st_pack_codes takes them. int4 takes whole groups of columns. */
+int32_t st_quantise(int32_t format, int32_t rows, int32_t columns, int32_t weight_format, const void *weight,
+                    int8_t *codes, uint16_t *scales);
 size_t st_packed_bytes(int32_t format, int32_t rows, int32_t columns);
 /* weight: [rows, columns] in the format's own type. out: 64-byte aligned. */
 int32_t st_pack_dense(int32_t format, int32_t rows, int32_t columns, const void *weight, void *out);

@@ -1,6 +1,7 @@
-// Weights from rows into the panels that the kernels read (layout.h).
+// Weights rounded, and brought from rows into the panels that the kernels read (layout.h).
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "error.h"
 #include "layout.h"
@@ -95,6 +96,19 @@ void pack_int4(int rows, int columns, const uint8_t *codes, const uint16_t *scal
 }
 
 }  // namespace
+
+int32_t st_quantise(int32_t format, int32_t rows, int32_t columns, int32_t weight_format, const void *weight,
+                    int8_t *codes, uint16_t *scales) {
+  return guarded(-1, [&] {
+    require(format == ST_INT8 || format == ST_INT4, "codes are int8 or int4");
+    require(weight_format == ST_FP32 || weight_format == ST_BF16, "a dense matrix is fp32 or bf16");
+    require(rows > 0 && columns > 0, "the matrix is empty");
+    require(format == ST_INT8 || columns % GROUP == 0, "int4 takes whole groups of columns");
+    std::vector<float> row(columns);
+    kernels().quantise(format, rows, columns, weight_format, weight, codes, scales, row.data());
+    return 0;
+  });
+}
 
 size_t st_packed_bytes(int32_t format, int32_t rows, int32_t columns) {
   return (rows + PANEL - 1) / PANEL * panel_bytes(format, columns);

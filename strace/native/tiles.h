@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "layout.h"
+#include "rounding.h"
 
 namespace strace {
 namespace {
@@ -127,6 +128,13 @@ constexpr Kernels make_kernels(const char *name) {
       case ST_INT8: return multiply_panels<Int8>(matrix, x, tokens, first, last, y, stride);
       default: return multiply_panels<Int4>(matrix, x, tokens, first, last, y, stride);
     }
+  };
+  made.quantise = [](int format, int rows, int columns, int weight_format, const void *weight, int8_t *codes,
+                     uint16_t *scales, float *row) {
+    if (weight_format == ST_FP32)
+      round_rows(format, rows, columns, static_cast<const float *>(weight), codes, scales, row);
+    else
+      round_rows(format, rows, columns, static_cast<const uint16_t *>(weight), codes, scales, row);
   };
   return made;
 }

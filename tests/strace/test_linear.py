@@ -1,5 +1,5 @@
-"""Weight formats: rounding error, the int4 scale's sign, and each kernel against the dense product of the same
-numbers."""
+"""Weight formats: rounding error, the int4 scale's sign, the same bits from the library and from torch, and each kernel
+against the dense product of the same numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strace.linear import DENSE, FORMATS, GROUP, Codes, Linear, make_linear, quantise, round_activations
+from strace import native
+from strace.linear import (
+    DENSE,
+    FORMATS,
+    GROUP,
+    Codes,
+    Linear,
+    _quantise_rows,
+    make_linear,
+    quantise,
+    quantise_natively,
+    round_activations,
+)
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 5).map(lambda groups: groups * GROUP))
 BF16 = 2.0**-8  # largest relative error of one rounding to bf16
@@ -83,6 +95,26 @@ def test_what_is_on_the_grid_is_kept_exactly(format: str) -> None:
     codes = quantise(grid * 0.25, format)
     assert torch.equal(codes.dense(), grid * 0.25)
     assert torch.equal(quantise(codes.dense(), format).codes, codes.codes)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """fp32 or bf16; numbers of all sizes, many of them equal but for their sign, some zero."""
+    rows, groups = draw(SHAPES)
+    weight = random_weight((rows, groups), draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["any", "few", "tiny", "huge"]))
+    if kind == "few":
+        weight = (weight / weight.abs().amax(1, keepdim=True) * draw(st.integers(1, 12))).round()
+    weight = weight * {"tiny": 1e-38, "huge": 1e15}.get(kind, 1.0)
+    return weight.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not here")
+@given(weights(), st.sampled_from(["int8", "int4"]))
+def test_the_library_rounds_to_the_same_bits(weight: Tensor, format: str) -> None:
+    ours, torchs = quantise_natively(weight, format), _quantise_rows(weight, format)
+    assert torch.equal(ours[1].view(torch.int16), torchs[1].view(torch.int16))
+    assert torch.equal(ours[0], torchs[0])
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
