@@ -212,8 +212,17 @@ def _show_costs(table: CostTable, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(_tabulate_steps(table), _tabulate_full(table), _tabulate_drafts(table))
-    rates = (f"{n / seconds:,.0f} tokens/s over {n} tokens" for n, seconds in table.prefill.items())
-    console.print(Text(f"  prefill: {', '.join(rates)}"), soft_wrap=True)
+    console.print(Text(f"  prefill: {_tell_prefill(table)}"), soft_wrap=True)
+
+
+def _tell_prefill(table: CostTable) -> str:
+    """Tokens/s, and multiplications/s beside those of a large product."""
+    rates = []
+    for tokens, pass_ in table.prefill.items():
+        macs = pass_.macs / pass_.seconds
+        share = f" ({macs / table.peak:.0%} of bf16's {table.peak / 1e9:.0f})" if table.peak else ""
+        rates.append(f"{tokens / pass_.seconds:,.0f} tokens/s over {tokens} tokens, {macs / 1e9:.1f} GMAC/s{share}")
+    return "; ".join(rates)
 
 
 def _make_table(title: str, *columns: str) -> Table:

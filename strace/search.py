@@ -22,6 +22,7 @@ from strace.costs import (
     count_blocks,
     describe_setting,
     draw_curve,
+    draw_verifying,
     list_cases,
     load_table,
     measure_costs,
@@ -33,7 +34,7 @@ from strace.graphs import make_runner
 from strace.keep import NEURON_BLOCK, Kept, slice_decoder
 from strace.runner import FULL
 
-LENGTHS = (1, 2, 4, 9)  # tokens of the full passes timed; 9 verifies the longest draft
+LENGTHS = (1, 2, 4, 5, 6, 7, 9)  # tokens of the full passes timed; 9 verify the longest draft
 # Shares of the attention layers, neurons and head rows of the shapes timed: they span what plans may keep.
 SHAPES = ((1, 1, 1), (1, 1 / 2, 1 / 2), (1, 1 / 4, 1 / 4), (1, 1 / 4, 1), (1 / 2, 1 / 2, 1 / 2))
 ROUNDS = 30
@@ -110,4 +111,4 @@ def fit_costs(table: CostTable, graphs: Sequence[Decoder], names: Sequence[str])
     scale = rows.max(0)
     weights, _ = nnls(rows / scale / seconds[:, None], np.ones(len(seconds)))  # relative errors count
     fixed, sublayer, byte = (weights / scale).tolist()
-    return StepCosts((fixed, sublayer, byte), draw_curve(table.costs, FULL), table.setting.runner)
+    return StepCosts((fixed, sublayer, byte), draw_verifying(table.costs), table.setting.runner)
