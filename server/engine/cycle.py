@@ -176,6 +176,11 @@ class Cycle:
         for sequence, tokens in before.items():
             sequence.ran.seconds += seconds
             sequence.ran.full_seconds += (sequence.ran.tokens - tokens) * full_step
+        drafting = sum(self._turn.drafting.values())
+        if FULL in self.spent.passes:
+            rows = len(before) + self._turn.drafted.total()
+            self.cost.observe(FULL, [rows], self.spent.seconds - drafting)
+            self.cost.observe_own(len(before), drafting > 0, seconds - self.spent.seconds)
         added = sum(s.ran.tokens - n for s, n in before.items())
         self.speculation.paced(added, len(before), seconds)
         gained = Counter[Key]()

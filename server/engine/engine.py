@@ -402,15 +402,12 @@ class Engine:
         for sequence in plan.decoding:
             if sequence.emitted:
                 self._deliver(sequence)
-        begun, rows = time.perf_counter(), self._full_pass(plan)
+        rows = self._full_pass(plan)
         plain = not any(s.draft.tokens for s in plan.decoding)
         for sequence, failure in self.cycle.settle(rows, plan).items():
             (self._end if isinstance(failure, Refused) else self._fail)([sequence], failure)
             plan.drop(sequence)
-        ended = time.perf_counter()
-        if rows.spans and not plan.chunks:
-            self.cost.observe(FULL, [len(rows.logits)], ended - begun)
-        self._account(before, plan, plain, ended)
+        self._account(before, plan, plain, time.perf_counter())
         for sequence in plan.sequences:
             self.scheduler.seal(sequence)
             self._deliver(sequence)
