@@ -45,19 +45,16 @@ from strace.claims import (
     Check,
     Claim,
     Evidence,
-    Growth,
     compare_growths,
     early_share,
     judge_claims,
-    measure_growth,
-    read_growth,
-    stack_growth,
 )
 from strace.classes import shipped_prompts
 from strace.decoder import Decoder
 from strace.extract import SIZES, EdgeWeights
 from strace.figures import COLOURS, STYLE, load_study
 from strace.files import file_beside, folder_beside, write_beside
+from strace.growth import Growth, measure_growth, read_growth, stack_growth
 from strace.importance import draw_weights, weigh_edges
 from strace.metrics import draw_bootstrap
 

@@ -1,14 +1,15 @@
 """What speculation costs where it cannot pay: `exact` and `routed`, guarded, beside `full` under adversarial load.
 
-Every round decodes the same batch of prompts to the same length in each mode, the order rotating; the speedup of a
-round is `full`'s time over the mode's. The guard starts knowing nothing, and the round in which it learns counts.
+Every round decodes the same batch of prompts to the same length in each mode, by an engine of its own; the three take
+turns of a few steps, in rotating order, so that what disturbs the machine falls on all alike. A round's speedup is
+`full`'s time over the mode's. The guards start knowing nothing, and the round in which they learn counts.
 Loads: `random`, prompts of random tokens; `wrong`, held-out texts; both drafted by the subgraphs of other classes, five
 in one batch. `routed` emits from a confidence of .4 on, because nothing is certified for a class that is wrongly named.
 Times are whole requests, prefill included, without HTTP.
 
 Examples:
   python benchmarks/guard.py
-  python benchmarks/guard.py --load wrong --rounds 20 --batch 32 --tokens 64
+  python benchmarks/guard.py --load wrong --rounds 30 --batch 32 --tokens 64
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scipy import stats
 
 from server.engine.build import Placement, build_engine
 from server.engine.engine import Engine
+from server.engine.guard import Mean, Trust
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
 from strace.checkpoint import Checkpoint
@@ -37,6 +39,7 @@ from strace.sampling import SamplingParams
 MODES = (Mode.FULL, Mode.EXACT, Mode.ROUTED)
 LENGTH = 32  # tokens of a random prompt
 THRESHOLD = 0.4  # of `routed`
+SLICE = 5  # steps of one mode before it is another's turn
 
 
 def make_prompts(load: str, checkpoint: Checkpoint, vocabulary: int, count: int) -> list[tuple[str, list[int]]]:
@@ -51,33 +54,58 @@ def make_prompts(load: str, checkpoint: Checkpoint, vocabulary: int, count: int)
     ]
 
 
-def run_batch(
-    engine: Engine, prompts: list[tuple[str, list[int]]], mode: Mode, tokens: int, temperature: float
-) -> tuple[float, list[Ran]]:
-    """Decode all prompts side by side; the seconds it took and what ran."""
-    rans: list[Ran] = []
+class Contestant:
+    """One mode's engine and a batch of prompts that it decodes, some steps at a time."""
 
-    def deliver(update: Update | Exception) -> None:
+    def __init__(self, engine: Engine, mode: Mode) -> None:
+        self.engine, self.mode = engine, mode
+        self.seconds: list[float] = []
+        self.rans: list[Ran] = []
+
+    def begin(self, prompts: list[tuple[str, list[int]]], tokens: int, temperature: float) -> None:
+        """Submit all prompts of a round."""
+        begun = time.perf_counter()
+        for number, (name, prompt) in enumerate(prompts):
+            request = Request(
+                str(number),
+                prompt,
+                SamplingParams(temperature),
+                tokens,
+                mode=self.mode,
+                class_name=name,
+                threshold=THRESHOLD if self.mode == Mode.ROUTED else None,
+                ignore_eos=True,
+            )
+            self.engine.submit(request, self._deliver)
+        self.seconds.append(time.perf_counter() - begun)
+
+    def go_on(self, steps: int) -> bool:
+        """So many steps of the round; False once it is over."""
+        begun = time.perf_counter()
+        self.engine._marked = None  # what the others took since the last step is none of its time
+        for _ in range(steps):
+            if self.engine.idle:
+                break
+            self.engine.step()
+        self.seconds[-1] += time.perf_counter() - begun
+        return not self.engine.idle
+
+    def _deliver(self, update: Update | Exception) -> None:
         if isinstance(update, Exception):
             raise update
-        rans.extend([] if update.ran is None else [update.ran])
+        self.rans.extend([] if update.ran is None else [update.ran])
 
-    begun = time.perf_counter()
-    for number, (name, prompt) in enumerate(prompts):
-        request = Request(
-            str(number),
-            prompt,
-            SamplingParams(temperature),
-            tokens,
-            mode=mode,
-            class_name=name,
-            threshold=THRESHOLD if mode == Mode.ROUTED else None,
-            ignore_eos=True,
-        )
-        engine.submit(request, deliver)
-    while len(rans) < len(prompts):
-        engine.step()
-    return time.perf_counter() - begun, rans
+
+def run_round(
+    contestants: list[Contestant], prompts: list[tuple[str, list[int]]], arguments: argparse.Namespace
+) -> None:
+    """All decode the prompts, taking turns."""
+    for contestant in contestants:
+        contestant.begin(prompts, arguments.tokens, arguments.temperature)
+    working, turn = list(contestants), 0
+    while working:
+        turn = (turn + 1) % len(working)
+        working = [each for each in working[turn:] + working[:turn] if each.go_on(SLICE)]
 
 
 def summarise(mode: Mode, seconds: list[float], full: list[float], rans: list[Ran]) -> dict[str, Any]:
@@ -97,6 +125,11 @@ def summarise(mode: Mode, seconds: list[float], full: list[float], rans: list[Ra
     }
 
 
+def describe_trust(trust: Trust, mean: Mean) -> dict[str, Any]:
+    """What the guard thinks of what it tracks, and the logarithm of the speedup it saw."""
+    return {"trust": trust.name, "mean": round(mean.value, 3)}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,18 +142,17 @@ def main() -> None:
     arguments = parser.parse_args()
     load = require_idle()
     options = Options(max_running=arguments.batch, max_waiting=arguments.batch, prefix_cache=False, seed=1)
-    engine, checkpoint = build_engine(arguments.model, placement=Placement(), options=options)
+    built = [build_engine(arguments.model, placement=Placement(), options=options) for _ in MODES]
+    engine, checkpoint = built[0]
+    contestants = [Contestant(own, mode) for (own, _), mode in zip(built, MODES, strict=True)]
     prompts = make_prompts(arguments.load, checkpoint, engine.limits.vocabulary, arguments.batch)
-    run_batch(engine, prompts, Mode.FULL, arguments.tokens, arguments.temperature)
-    seconds: dict[Mode, list[float]] = {mode: [] for mode in MODES}
-    rans: dict[Mode, list[Ran]] = {mode: [] for mode in MODES}
+    warm = Contestant(engine, Mode.FULL)
+    run_round([warm], prompts, arguments)
     for number in range(arguments.rounds):
         turn = number % len(MODES)
-        for mode in MODES[turn:] + MODES[:turn]:
-            took, ran = run_batch(engine, prompts, mode, arguments.tokens, arguments.temperature)
-            seconds[mode].append(took)
-            rans[mode] += ran
-    results = [summarise(mode, seconds[mode], seconds[Mode.FULL], rans[mode]) for mode in MODES[1:]]
+        run_round(contestants[turn:] + contestants[:turn], prompts, arguments)
+    full, *others = contestants
+    results = [summarise(each.mode, each.seconds, full.seconds, each.rans) for each in others]
     table = Table("mode", "rounds", "speedup", "95 % at least", "least", "first", "drafted per token", "acceptance")
     for row in results:
         names = ("mode", "rounds", "speedup", "lower_95", "least", "first", "drafted_per_token", "acceptance")
@@ -138,11 +170,17 @@ def main() -> None:
             "batch": arguments.batch,
             "tokens": arguments.tokens,
             "temperature": arguments.temperature,
-            "full_tokens_per_s": round(sum(r.tokens for r in rans[Mode.FULL]) / sum(seconds[Mode.FULL]), 1),
+            "full_tokens_per_s": round(sum(ran.tokens for ran in full.rans) / sum(full.seconds), 1),
             "results": results,
             "guard": [
-                {"mode": mode, "class": name, "batch": size, "trust": track.trust.name, "mean": round(track.mean, 3)}
-                for mode, name, size, track in engine.guard.states()
+                {"mode": mode, "class": name, "batch": size} | describe_trust(track.trust, track.mean)
+                for each in others
+                for mode, name, size, track in each.engine.guard.states()
+                if mode == each.mode
+            ],
+            "gates": [
+                {"class": name, "batch": size} | describe_trust(trust, mean)
+                for name, size, trust, mean in others[1].engine.guard.gates()
             ],
         }
     )

@@ -9,6 +9,10 @@ Two parts, for every class and temperature where a risk is certified:
   text first parts from the full model's of the same seed, and the full model's perplexity of routed text beside that
   of its own.
 
+The guard shuts the gate where emitting unverified is not surely faster than verifying; it is given the texts to learn
+from first. Each row says what it found, and what a pass over n tokens costs says how much could be gained at all: every
+token passes the full model once, so no text is decoded faster than n / ((n - 1) c + v(n)) times as fast as by it.
+
 Only prompts that the classifier sends to the class count. Times are whole requests, prefill included, without HTTP.
 
 Examples:
@@ -22,7 +26,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +36,12 @@ from machine import describe, finish, read_prompts, require_idle
 from modes import cut_prompt, repeated_share, run_engine
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from server.engine.build import Placement, build_engine
+from server.engine.cost import CostModel
 from server.engine.engine import Engine
+from server.engine.guard import Mean, Trust
 from server.engine.request import Mode, Ran, Request, Update
 from strace.certificate import Certificate, Level, Setting, load_certificates
 from strace.certify import DELTA, bound_mean, share_broken
@@ -46,6 +53,7 @@ from strace.subgraph import find_subgraphs
 
 CLASSES = ("chat", "code", "facts", "math", "stories")
 DRAWS = 1000
+LESSONS = 5  # times that the guard sees the texts before they are timed
 ALLOWED = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
 
 
@@ -101,46 +109,114 @@ def perplexity(logprobs: Sequence[float]) -> float | None:
     return round(math.exp(-statistics.fmean(logprobs)), 3) if logprobs else None
 
 
-def measure(engine: Engine, prompts: list[list[int]], temperature: float, risk: float, tokens: int) -> dict[str, Any]:
-    """Every prompt through every mode, in rotating order, after one prompt of warm-up."""
+def find_gate(engine: Engine, name: str) -> tuple[Trust, Mean]:
+    """What the guard thinks of a class's gate for one text at a time."""
+    known = {other: (trust, mean) for other, batch, trust, mean in engine.guard.gates() if batch == 1}
+    return known.get(name, (Trust.UNSURE, Mean(1.0)))
+
+
+def teach(engine: Engine, name: str, requests: list[Request]) -> None:
+    """Let the guard learn anew from routed texts, `LESSONS` times each at most, until it knows."""
+    engine.guard.forget()
+    for request in requests * LESSONS:
+        run_engine(engine, request)
+        if find_gate(engine, name)[0] is not Trust.UNSURE:
+            return
+
+
+def describe_gate(trust: Trust, mean: Mean) -> dict[str, Any]:
+    """The guard's verdict, and the speedup of open over shut that it saw, with its 95 % interval."""
+    ends = (mean.value + sign * 1.96 * mean.error for sign in (-1, 1))
+    interval = [round(math.exp(end), 3) for end in ends]
+    return {"trust": trust.name, "blocks": mean.blocks, "gain": round(math.exp(mean.value), 3), "interval": interval}
+
+
+def predict(rans: Sequence[Ran], cost: CostModel, name: str) -> float | None:
+    """The speedup over full that the costs of passes alone give for drafts as long and as good as these."""
+    cycles = sum(ran.drafts for ran in rans)
+    if not cycles:
+        return None
+    drafted = sum(ran.drafted for ran in rans) / cycles
+    tokens = 1 + sum(ran.accepted for ran in rans) / cycles
+    whole = int(drafted)
+    verify = cost.v(whole + 1) + (drafted - whole) * (cost.v(whole + 2) - cost.v(whole + 1))
+    return tokens / (drafted * cost.c(name) + verify)
+
+
+def bound_speedup(cost: CostModel, name: str, most: int) -> float:
+    """The greatest n / ((n - 1) c + v(n)), n up to `most`."""
+    return max(n / ((n - 1) * cost.c(name) + cost.v(n)) for n in range(1, most + 1))
+
+
+def measure(
+    engine: Engine, name: str, prompts: list[list[int]], temperature: float, risk: float, tokens: int
+) -> dict[str, Any]:
+    """Every prompt through every mode, in rotating order, once the guard has learnt what it can."""
     modes = (Mode.FULL, Mode.EXACT, Mode.ROUTED)
-    seconds = dict.fromkeys(modes, 0.0)
-    count = dict.fromkeys(modes, 0)
-    routed: list[Ran] = []
+    params = SamplingParams(temperature)
+    asked = [Request(str(i), prompt, params, tokens, mode=Mode.ROUTED, risk=risk) for i, prompt in enumerate(prompts)]
+    teach(engine, name, asked)
+    seconds: dict[Mode, list[float]] = {mode: [] for mode in modes}
     texts: dict[Mode, list[list[int]]] = {mode: [] for mode in modes}
-    for number, prompt in enumerate([prompts[0], *prompts]):
+    rans: dict[Mode, list[Ran]] = {mode: [] for mode in modes}
+    for number, routed in enumerate(asked):
         for turn in range(len(modes)):
             mode = modes[(number + turn) % len(modes)]
-            asked = risk if mode == Mode.ROUTED else None
-            request = Request(str(number), prompt, SamplingParams(temperature), tokens, mode=mode, risk=asked)
+            request = routed if mode == Mode.ROUTED else replace(routed, mode=mode, risk=None)
             begun = time.perf_counter()
             ids, ran = run_engine(engine, request)
-            took = time.perf_counter() - begun
-            if number:
-                seconds[mode] += took
-                count[mode] += len(ids)
-                texts[mode].append(ids)
-                routed += [ran] if mode == Mode.ROUTED else []
-    rate = {mode: count[mode] / seconds[mode] for mode in modes}
-    losses = [ran.divergent / ran.tokens for ran in routed]
+            seconds[mode].append(time.perf_counter() - begun)
+            texts[mode].append(ids)
+            rans[mode].append(ran)
+    count = {mode: sum(map(len, texts[mode])) for mode in modes}
+    rate = {mode: count[mode] / sum(seconds[mode]) for mode in modes}
+    losses = [ran.divergent / ran.tokens for ran in rans[Mode.ROUTED]]
+    cost, most = engine.cost, 1 + engine.options.max_draft + engine.options.run_limit
+    predicted = {mode.value: predict(rans[mode], cost, name) for mode in modes[1:]}
     scored = {
         mode: [p for given, text in zip(prompts, texts[mode], strict=True) for p in score(engine, given, text)]
         for mode in (Mode.FULL, Mode.ROUTED)
     }
     return {
         "n": len(prompts),
-        "routed": sum(ran.mode == Mode.ROUTED for ran in routed),
+        "routed": sum(ran.mode == Mode.ROUTED for ran in rans[Mode.ROUTED]),
         "tokens": count[Mode.ROUTED],
         "divergence": round(statistics.fmean(losses), 5),
         "interval": interval(losses),
-        "unverified": round(sum(r.unverified for r in routed) / count[Mode.ROUTED], 4),
+        "unverified": round(sum(r.unverified for r in rans[Mode.ROUTED]) / count[Mode.ROUTED], 4),
         "tokens_per_s": {mode.value: round(rate[mode], 1) for mode in modes},
         "over_full": round(rate[Mode.ROUTED] / rate[Mode.FULL], 3),
         "over_exact": round(rate[Mode.ROUTED] / rate[Mode.EXACT], 3),
+        "over_exact_interval": compare_rates(texts, seconds),
+        "gate": describe_gate(*find_gate(engine, name)),
+        "left": next((ran.bypass for ran in reversed(rans[Mode.ROUTED]) if ran.bypass), None),
+        "c": round(cost.c(name), 3),
+        "v": {n: round(cost.v(n), 2) for n in (2, 4, 8, 9, 16, 33)},
+        "by_cost": {mode: speedup and round(speedup, 3) for mode, speedup in predicted.items()},
+        "most_by_cost": round(bound_speedup(cost, name, most), 3),
         "repeated_8grams": round(statistics.fmean(map(repeated_share, texts[Mode.ROUTED])), 3),
         "perplexity": perplexity(scored[Mode.ROUTED]),
         "perplexity_full": perplexity(scored[Mode.FULL]),
     }
+
+
+def compare_rates(texts: Mapping[Mode, list[list[int]]], seconds: Mapping[Mode, list[float]]) -> list[float]:
+    """The 95 % interval of routed's tokens per second over exact's, prompt by prompt."""
+    rates = {
+        mode: np.array([len(ids) / took for ids, took in zip(texts[mode], seconds[mode], strict=True)])
+        for mode in (Mode.EXACT, Mode.ROUTED)
+    }
+    logs = np.log(rates[Mode.ROUTED] / rates[Mode.EXACT])
+    reach = float(stats.t.ppf(0.975, len(logs) - 1)) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    return [round(math.exp(float(logs.mean()) + sign * reach), 3) for sign in (-1, 1)]
+
+
+def judge(row: Mapping[str, Any]) -> str:
+    """One line on what routed brought beside exact."""
+    low, high = row["over_exact_interval"]
+    about = f"{row['class']}, temperature {row['temperature']:g}, risk {row['risk']:g}:"
+    about += f" {row['over_exact']} times exact ({low}-{high})"
+    return f"{about}; {row['left'] or 'the gate was open'}"
 
 
 def part(engine: Engine, prompts: list[list[int]], temperature: float, level: Level, tokens: int) -> dict[str, Any]:
@@ -161,11 +237,24 @@ def part(engine: Engine, prompts: list[list[int]], temperature: float, level: Le
 def show(results: list[dict[str, Any]]) -> None:
     """What was measured, as a table."""
     names = ("class", "temperature", "risk", "threshold", "n", "divergence", "interval", "unverified")
-    names += ("over_full", "over_exact", "parted", "parted_at", "perplexity", "perplexity_full")
+    names += (
+        "over_full",
+        "over_exact",
+        "by_cost",
+        "most_by_cost",
+        "parted",
+        "parted_at",
+        "perplexity",
+        "perplexity_full",
+    )
     table = Table(*names)
     for row in results:
-        table.add_row(*(str(row.get(name, "")) for name in names))
-    Console(width=180).print(table)
+        shown = row | {"by_cost": "{routed} / {exact}".format(**row["by_cost"])}
+        table.add_row(*(str(shown.get(name, "")) for name in names))
+    console = Console(width=200)
+    console.print(table)
+    for row in results:
+        console.print(judge(row))
 
 
 def main() -> None:
@@ -202,7 +291,7 @@ def main() -> None:
                     uncertified.append(about | {"risk": risk})
                     continue
                 row = about | {"risk": level.risk, "threshold": level.threshold}
-                row |= measure(engine, prompts, temperature, risk, arguments.tokens)
+                row |= measure(engine, name, prompts, temperature, risk, arguments.tokens)
                 results.append(row | part(engine, prompts, temperature, level, arguments.tokens))
     show(results)
     finish(

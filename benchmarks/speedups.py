@@ -41,11 +41,12 @@ from server.engine.options import Options
 from server.engine.request import Mode
 from strace.checkpoint import load_decoder, open_checkpoint, resolve
 from strace.classes import POOLED
-from strace.draft import Held
+from strace.draft import Held, Verdict
 from strace.families import Spec
 from strace.files import cache_folder, write_beside
 from strace.graphs import choose_folder
 from strace.keep import NEURON_BLOCK, Kept, kept_bytes
+from strace.kv import Batch
 from strace.runner import FULL, Runner
 from strace.search import StepCosts, price_steps
 from strace.subgraph import Manifest, read_manifest
@@ -65,10 +66,15 @@ class Judging:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
-        verdicts = self._runner.verify(logits, held)
-        for text, tokens in zip(held, verdicts, strict=True):
-            standing = len(tokens) - 1
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
+        return self._count(held, self._runner.verify(logits, held))
+
+    def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
+        return self._count(held, self._runner.verify_pass(batch, rows, held))
+
+    def _count(self, held: Sequence[Held], verdicts: list[Verdict]) -> list[Verdict]:
+        for text, verdict in zip(held, verdicts, strict=True):
+            standing = len(verdict.tokens) - 1
             self.judged.update(range(min(standing + 1, len(text.tokens))))
             self.stood.update(range(standing))
         return verdicts

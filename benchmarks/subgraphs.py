@@ -65,8 +65,9 @@ SMALL = 0.2  # below this share of the bytes a long head would leave no neurons
 CONTROLS = ("wanda", "first", "uniform", "random", "magnitude", "flow")
 OF_CLASS = ("pooled", "pooled units", "pooled repair", "other", "other units", "other repair")
 OTHERS = ("no repair", *OF_CLASS, *CONTROLS)
-DRAWS = 2000  # of the bootstrap
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+METHODS = ("ours", *WHOLE, *OTHERS)
+DRAWS = 2000  # of the bootstrap
 
 
 Counts = dict[str, list[float]]  # by source: accepted, agreeing, positions
@@ -317,12 +318,15 @@ def make_method(method: str, name: str, size: float, traced: dict[str, Traced]) 
     return own.make(like, own.refit, repaired=False) if method == "no repair" else own.control(method, size, like)
 
 
-def list_cells(classes: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, str, float]]:
+def list_cells(
+    classes: Sequence[str], sizes: Sequence[float], methods: Sequence[str] = METHODS
+) -> list[tuple[str, str, float]]:
     """Method, class and size, the most telling first: cut off anywhere, the run has whole rows of the table."""
     cells = [("ours", name, size) for size in sizes for name in classes]
     cells += [(method, name, 1.0) for method in WHOLE for name in classes]
-    methods = [method for method in OTHERS if not method.startswith("other") or len(classes) > 1]
-    return cells + [(method, name, size) for size in sizes for method in methods for name in classes]
+    cells += [(method, name, size) for size in sizes for method in OTHERS for name in classes]
+    alone = len(classes) == 1
+    return [cell for cell in cells if cell[0] in methods and not (alone and cell[0].startswith("other"))]
 
 
 def draw_losses(ours: list[dict[str, Any]], other: list[dict[str, Any]], seed: int = 0) -> list[float]:
@@ -367,6 +371,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a folder, or a hub name (default %(default)s)")
     parser.add_argument("--classes", nargs="+", default=CLASSES, choices=CLASSES, metavar="CLASS")
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, help="shares of the full model's bytes")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="only these")
     parser.add_argument("--tokens", type=int, default=8192, help="of the valid part, a class (default %(default)s)")
     parser.add_argument("--state", type=Path, required=True, help="folder of what was done before; made if missing")
     arguments = parser.parse_args()
@@ -377,7 +382,7 @@ def main() -> None:
     traced = {name: Traced(checkpoint, full, name, parts, arguments.state) for name, parts in split.items()}
     results = Results(arguments.state)
     held = {name: read_held(checkpoint, name, arguments.tokens) for name in arguments.classes}
-    for method, name, size in list_cells(arguments.classes, arguments.sizes):
+    for method, name, size in list_cells(arguments.classes, arguments.sizes, arguments.methods):
         results.add(name, method, size, partial(measure_method, method, name, size, traced, held[name]))
     finish(
         {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
@@ -56,20 +57,29 @@ class Judges(Collector):
         labels = ("mode", "class", "batch")
         state = _family("guard_state", "1: drafts, 0: served by plain full steps, 0.5: not sure yet", *labels)
         speedup = _family("guard_speedup_ratio", "Realised speedup in paired blocks, older ones fading", *labels)
+        gate = _family(
+            "gate_state", "1: routed emits unverified, 0: it verifies all, 0.5: not sure yet", "class", "batch"
+        )
+        gain = _family(
+            "gate_speedup_ratio", "Emitting unverified over verifying all, in paired blocks", "class", "batch"
+        )
         age = _family("guard_baseline_age_seconds", "Time since the last plain full step", "batch")
         tripped = _family("auditor_tripped", "1: served exact, for its routed text broke the promise", "class")
         evidence = _family("auditor_evidence_ratio", "Evidence over what trips, or once tripped re-arms", "class")
         if self.guard is not None:
             for mode, name, batch, track in self.guard.states():
                 state.add_metric([mode.value, name, str(batch)], track.trust.value)
-                speedup.add_metric([mode.value, name, str(batch)], math.exp(track.mean))
+                speedup.add_metric([mode.value, name, str(batch)], math.exp(track.mean.value))
+            for name, batch, trust, mean in self.guard.gates():
+                gate.add_metric([name, str(batch)], trust.value)
+                gain.add_metric([name, str(batch)], math.exp(mean.value))
             for batch, seconds in self.guard.ages().items():
                 age.add_metric([str(batch)], seconds)
         if self.auditor is not None:
             for name, (stopped, share) in self.auditor.states().items():
                 tripped.add_metric([name], stopped)
                 evidence.add_metric([name], share)
-        yield from (state, speedup, age, tripped, evidence)
+        yield from (state, speedup, gate, gain, age, tripped, evidence)
 
 
 def _family(name: str, help: str, *labels: str) -> GaugeMetricFamily:
@@ -114,6 +124,7 @@ class Metrics:
         self.step_seconds = counter("step_seconds", "Time spent in steps, by whether the runner took it", "part")
         self.in_runner, self.outside = self.step_seconds.labels("runner"), self.step_seconds.labels("engine")
         self.passes = counter("passes", "Passes over the weights", "graph")
+        self._passes_of = cache(self.passes.labels)
         self.judges = Judges()
         self.registry.register(self.judges)
 
@@ -141,7 +152,7 @@ class Metrics:
         self.in_runner.inc(step.runner_seconds)
         self.outside.inc(max(0.0, step.seconds - step.runner_seconds))
         for graph, passes in step.passes.items():
-            self.passes.labels(graph).inc(passes)
+            self._passes_of(graph).inc(passes)
 
     def on_finish(self, ran: Ran, times: Times, outcome: str) -> None:
         """Add a finished request's accounts and times."""

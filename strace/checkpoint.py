@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from transformers.utils import cached_file
 
 from strace.decoder import MLP, Attention, Decoder, Layer, Norm
 from strace.families import Family, Spec, UnsupportedModel, find_family, read_spec, supported
+from strace.layers import Layers, map_layers
 from strace.linear import DENSE, FORMATS, Linear, make_linear
 
 EMBEDDED = "embedded"
@@ -278,8 +280,10 @@ def load_decoder(
     format: str = "bf16",
     device: str = "cpu",
     max_memory: dict[int | str, int | str] | None = None,
+    streamed: bool = False,
 ) -> Decoder:
-    """The full model with every matrix in `format`, on `device`, or spread by accelerate for `device="auto"`.
+    """The full model with every matrix in `format`, on `device`, or spread by accelerate for `device="auto"`. Where it
+    is `streamed`, a layer is read when it is asked for (`strace.layers`).
 
     Norms stay float32; embeddings are kept in the compute dtype (fp32 for format fp32, else bf16).
     """
@@ -289,14 +293,22 @@ def load_decoder(
     spec = _round_embed_scale(checkpoint.spec, dtype)
     everywhere = [torch.device(device)] * (spec.layers + 1) if device != "auto" else []
     *devices, last = everywhere or place_layers(checkpoint, dtype, max_memory)
+
+    def read(l: int) -> Layer:
+        """A layer from files opened for it alone: what a mapped file has shown stays in memory until it is closed."""
+        with ExitStack() as stack:
+            return _load_layer(Weights(checkpoint, stack), spec, l, format, dtype, devices[l])
+
     with ExitStack() as stack:
         weights = Weights(checkpoint, stack)
-        layers = [_load_layer(weights, spec, l, format, dtype, devices[l]) for l in range(spec.layers)]
         embed = weights.need("embed.weight").to(devices[0], dtype)
         stored, bias = weights.get("head.weight"), weights.get("head.bias")
         head = embed.to(last) if stored is None else stored.to(last, dtype)
         bias = None if bias is None else bias.to(last, dtype)
         norm, positions = weights.norm("final_norm", last), weights.get("position_embed.weight")
+        layers: Sequence[Layer] = Layers(spec.layers, read)
+        if not streamed:
+            layers = [_load_layer(weights, spec, l, format, dtype, devices[l]) for l in range(spec.layers)]
     assert norm is not None
     return Decoder(
         spec=spec,
@@ -346,14 +358,22 @@ def quantise_decoder(decoder: Decoder, format: str) -> Decoder:
     Embeddings, norms and everything else that is not a matrix product are shared, not copied.
     """
 
-    def convert(linear: Linear) -> Linear:
-        weight = linear.weight if isinstance(linear.weight, Tensor) else linear.weight.dense()
-        return make_linear(weight.to(decoder.dtype), linear.bias, format)
+    layers = map_layers(decoder.layers, lambda _, layer: quantise_layer(layer, format, decoder.dtype))
+    return replace(decoder, layers=layers, head=quantise_linear(decoder.head, format, decoder.dtype))
 
-    layers = []
-    for layer in decoder.layers:
-        a, m = layer.attention, layer.mlp
-        attention = None if a is None else replace(a, qkv=convert(a.qkv), o=convert(a.o))
-        mlp = None if m is None else replace(m, inner=convert(m.inner), down=convert(m.down))
-        layers.append(Layer(attention, mlp))
-    return replace(decoder, layers=layers, head=convert(decoder.head))
+
+def quantise_layer(layer: Layer, format: str, dtype: torch.dtype) -> Layer:
+    """A copy of a layer with every matrix in `format`."""
+
+    def convert(linear: Linear) -> Linear:
+        return quantise_linear(linear, format, dtype)
+
+    a, m = layer.attention, layer.mlp
+    attention = None if a is None else replace(a, qkv=convert(a.qkv), o=convert(a.o))
+    return Layer(attention, None if m is None else replace(m, inner=convert(m.inner), down=convert(m.down)))
+
+
+def quantise_linear(linear: Linear, format: str, dtype: torch.dtype) -> Linear:
+    """A copy of a matrix in `format`."""
+    weight = linear.weight if isinstance(linear.weight, Tensor) else linear.weight.dense()
+    return make_linear(weight.to(dtype), linear.bias, format)

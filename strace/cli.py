@@ -80,6 +80,10 @@ def trace_command(
     distill: Annotated[
         float, typer.Option(help="Minutes to train each class's subgraph on the full model's own text.", min=0)
     ] = 0.0,
+    costs: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `measure --json` printed on another machine: what it would gain there is told too."),
+    ] = None,
 ) -> None:
     """Cut a subgraph of MODEL for every prompt class, and one for all of them (`pooled`).
 
@@ -96,6 +100,8 @@ def trace_command(
 
         strace-llm trace ./my-model --prompts log.jsonl --classes auto -o subgraphs
 
+        strace-llm trace embedded -o subgraphs --costs other-machine.json
+
     Exit code 1: the model or the prompts cannot be used; 2: an option has no such value. The message says why.
     """
     if format not in FORMATS:
@@ -110,7 +116,10 @@ def trace_command(
     chosen = tuple(name.strip() for name in classes.split(",") if name.strip())
     if clusters is not None and chosen != AUTO:
         fail("--clusters is for --classes auto", WRONG_USAGE)
-    options = Options(model, output, prompts, size, chosen, format, seed, units, runner, distill, class_name, clusters)
+    others = tuple(costs or ())
+    options = Options(
+        model, output, prompts, size, chosen, format, seed, units, runner, distill, class_name, clusters, others
+    )
     console = Console(soft_wrap=True)
     with told(), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("tracing", total=1.0)

@@ -117,9 +117,9 @@ def draw_curve(costs: Iterable[Cost], graph: str, context: int = TYPICAL) -> dic
 
 
 def draw_verifying(costs: Sequence[Cost], context: int = TYPICAL) -> dict[int, float]:
-    """As `draw_curve` of the full model, each pass with the judging of its drafts."""
+    """As `draw_curve` of the full model, each pass with the judging of its drafts, where that was timed."""
     settle = draw_curve(costs, SETTLE, context)
-    return {n: seconds + settle[n] for n, seconds in draw_curve(costs, FULL, context).items()}
+    return {n: seconds + settle.get(n, 0.0) for n, seconds in draw_curve(costs, FULL, context).items()}
 
 
 def list_cases(
@@ -391,6 +391,19 @@ def save_table(table: CostTable) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, dump_table(table) + "\n")
     return path
+
+
+def read_table(path: Path) -> CostTable:
+    """A table in a file, as `strace-llm measure --json` prints it, on any machine.
+
+    Raises:
+        ValueError: it cannot be read, or is no such table.
+    """
+    try:
+        return _file.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not what `strace-llm measure --json` prints"
+        raise ValueError(f"cannot read the costs {path}: {reason}") from error
 
 
 def load_table(setting: Setting) -> CostTable | None:

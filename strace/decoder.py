@@ -10,7 +10,8 @@ Shapes: N tokens of any number of sequences, concatenated; H query heads, K key/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -112,6 +113,10 @@ class Layer:
     mlp: MLP | None
 
     @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in (self.attention, self.mlp) if part is not None)
+
+    @property
     def device(self) -> torch.device:
         """Of a layer that has a sublayer left."""
         part = self.attention or self.mlp
@@ -153,7 +158,7 @@ class Decoder:
 
     spec: Spec
     embed: Tensor
-    layers: list[Layer]
+    layers: Sequence[Layer]
     final_norm: Norm
     head: Linear
     dtype: torch.dtype
@@ -175,9 +180,9 @@ class Decoder:
     @property
     def bytes_per_step(self) -> int:
         """All weights, scales, biases and head rows read for one token, without KV; one embedding row."""
-        parts = [s.bytes for layer in self.layers for s in (layer.attention, layer.mlp) if s is not None]
         embedded = self.embed[0].nbytes + (0 if self.position_embed is None else self.position_embed[0].nbytes)
-        return sum(parts) + self.final_norm.bytes + self.head.bytes + embedded
+        layers = sum(layer.bytes for layer in self.layers)
+        return layers + self.final_norm.bytes + self.head.bytes + embedded
 
     def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The float32 stream [N, hidden] before the first layer, for int64 tokens and positions [N]."""
@@ -230,13 +235,18 @@ class Decoder:
 
     def streams(self, tokens: Tensor, positions: Tensor, attend: Attend, tap: Tap = see) -> Tensor:
         """The float32 stream [N, hidden] after the last layer, for int64 tokens and positions [N]."""
+        [x] = deque(self.walk(tokens, positions, attend, tap), maxlen=1)
+        return x.to(self.final_norm.device)
+
+    def walk(self, tokens: Tensor, positions: Tensor, attend: Attend, tap: Tap = see) -> Iterator[Tensor]:
+        """The float32 stream [N, hidden] after every layer in turn, for int64 tokens and positions [N]."""
         x = self.embedded(tokens, positions)
         rotation = self.rotation(positions)
         for l in range(len(self.layers)):
             if self.devices and x.device != self.devices[l]:
                 x, rotation = x.to(self.devices[l]), (rotation[0].to(self.devices[l]), rotation[1].to(self.devices[l]))
             x = self.layer(l, x, rotation, attend, tap)
-        return x.to(self.final_norm.device)
+            yield x
 
     def logits(self, x: Tensor, tap: Tap = see) -> Tensor:
         """float32 [R, head rows] of the stream [R, hidden]."""

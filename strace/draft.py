@@ -2,7 +2,8 @@
 
 Every runner runs the same `DraftPlan`: the torch runner with `Drafting` below, the native one in native/draft.cpp.
 Whether another token is drawn may depend on all drawn before; whether one counts as emitted or held reads its
-confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn.
+confidence, known before the draw, and whether it ends the text. A drawn token is never withdrawn. (What is made anew in
+each step is mostly not frozen: that would take three times as long.)
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from strace.sampling import Noise, Sampler, SamplingParams, draw_draft
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftLimits:
     """Where one sequence's draft ends: the most tokens held, the most emitted while none is held, the most of both.
 
@@ -36,7 +38,7 @@ class DraftLimits:
         return min(self.emitted - emitted if emitting else self.held - held, self.room - held - emitted)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GainRule:
     """Whether another token pays: its expected tokens against what its time would bring at the rate now achieved.
 
@@ -84,8 +86,10 @@ class GainRule:
 
 def extrapolate(table: np.ndarray, n: int) -> float:
     """Entry n, beyond the last one by the last slope."""
-    beyond = max(0, n - len(table) + 1)
-    return float(table[n - beyond] + beyond * (table[-1] - table[-2]))
+    if n < len(table):
+        return float(table[n])
+    beyond = n - len(table) + 1
+    return float(table[-1] + beyond * (table[-1] - table[-2]))
 
 
 def find_bin(confidence: float, bins: int) -> int:
@@ -93,7 +97,7 @@ def find_bin(confidence: float, bins: int) -> int:
     return min(int(confidence * bins), bins - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftPlan:
     """What a runner needs to draft on its own, per sequence of a batch, and for all."""
 
@@ -129,14 +133,26 @@ class Draft:
 class Held:
     """Drafts of one text that await the full model's verdict.
 
-    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`. (Not frozen,
-    nor are others that are made for each text in each step: that would take three times as long.)
+    row: of its logits, the one before the first draft; one more for each draft follows. q: as in `Draft`. sampler: of
+    the first draft. emitted: so many of them are text already, and stand whatever the verdict. audited: of so many, the
+    emitted ones among them, the divergence is told. (Not frozen, nor are others that are made for each text in each
+    step: that would take three times as long.)
     """
 
     row: int
     tokens: Sequence[int]
     q: Tensor | None
     sampler: Sampler
+    emitted: int = 0
+    audited: int = 0
+
+
+class Verdict(NamedTuple):
+    """What the full model makes of a text's drafts. tokens: those that stand, and one of its own. divergences: of the
+    drafts that are audited, up to the first that falls, 0 to 1."""
+
+    tokens: list[int]
+    divergences: list[float]
 
 
 def count_alive(drafts: Sequence[Draft]) -> list[int]:

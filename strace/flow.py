@@ -14,7 +14,9 @@ from torch import Tensor
 
 from strace.decoder import Attention, Decoder, DenseAttend
 from strace.edges import Edges, layer_edges
-from strace.texts import Texts
+from strace.texts import Texts, split_texts
+
+STREAMS = 1 << 30  # bytes of the streams kept
 
 
 @dataclass
@@ -45,8 +47,8 @@ class Flow:
 def measure_flow(decoder: Decoder, batches: Sequence[Texts]) -> Flow:
     """The flow through `decoder` over all positions of all texts.
 
-    A forward pass keeps the stream before each layer; the backward sweep runs one layer at a time again, so that only
-    one layer's attention pattern is held.
+    A forward pass keeps the stream before each layer, of no more texts at once than `STREAMS` allows; the backward
+    sweep runs one layer at a time again, so that only one layer's attention pattern is held.
     """
     depth = len(decoder.layers)
     flow = Flow(
@@ -55,7 +57,9 @@ def measure_flow(decoder: Decoder, batches: Sequence[Texts]) -> Flow:
         levels=torch.zeros(decoder.spec.steps + 1, dtype=torch.float64),
     )
     for batch in batches:
-        _add_batch(flow, decoder, batch)
+        size = 4 * depth * batch.shape[1] * decoder.spec.hidden
+        for few in split_texts(batch, max(1, STREAMS // size)):
+            _add_batch(flow, decoder, few)
     return flow
 
 

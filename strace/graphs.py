@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from strace.checkpoint import EMBEDDED, Checkpoint, embedded_folder, load_decoder, open_checkpoint, quantise_decoder
@@ -91,5 +92,7 @@ def make_runner(graphs: dict[str, Decoder], blocks: int | KVCache, kind: str = "
             if kind == "native":
                 raise ValueError(str(error)) from error
             logger.warning("%s; torch serves, slower", error)
+    # Torch would make layers anew at every token.
+    graphs = {name: replace(graph, layers=list(graph.layers)) for name, graph in graphs.items()}
     compiled = device.type == "cuda" and compile != "off"
     return CompiledRunner(graphs, cache) if compiled else TorchRunner(graphs, cache)

@@ -11,19 +11,17 @@ from torch import Tensor
 from strace.checkpoint import Checkpoint
 from strace.decoder import Decoder, DenseAttend
 from strace.linear import Codes, Linear
-from strace.texts import Texts
-
-ROW_CHUNK = 1024  # logit rows held at once
+from strace.texts import Texts, split_rows
 
 
 @torch.inference_mode()
 def iterate_probabilities(full: Decoder, batches: Sequence[Texts]) -> Iterator[Tensor]:
-    """The full model's distributions at every position of the texts, float32 [<= 1024, V] at a time."""
+    """The full model's distributions at every position of the texts, float32, some rows at a time."""
     device = full.embed.device
     for batch in batches:
         attend = DenseAttend(*batch.shape, device=device)
         stream = full.streams(batch.tokens.flatten().to(device), batch.positions.to(device), attend)
-        for rows in stream[batch.real.flatten().to(stream.device)].split(ROW_CHUNK):
+        for rows in split_rows(stream[batch.real.flatten().to(stream.device)], full.spec.vocabulary):
             yield full.logits(rows).softmax(-1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from strace.decoder import MLP, Attention, Decoder, Layer, Norm
 from strace.families import Spec
 from strace.flow import Flow
+from strace.layers import map_layers
 from strace.linear import DENSE, GROUP, Linear
 
 NEURON_BLOCK = 32
@@ -133,13 +134,19 @@ def slice_mlp(part: MLP, neurons: Tensor, spec: Spec) -> MLP | None:
     return replace(part, inner=take(part.inner, rows=rows), down=take(part.down, columns=neurons))
 
 
+def slice_layer(layer: Layer, groups: Tensor, neurons: Tensor, spec: Spec) -> Layer:
+    """What the kept units leave of a full layer."""
+    assert layer.attention is not None and layer.mlp is not None, "units are cut out of a full model"
+    return Layer(slice_attention(layer.attention, groups, spec), slice_mlp(layer.mlp, neurons, spec))
+
+
 def slice_decoder(full: Decoder, kept: Kept) -> Decoder:
     """The kept units of the full model at its own formats, everything unchanged shared with it."""
-    layers = []
-    for layer, groups, neurons in zip(full.layers, kept.groups, kept.neurons, strict=True):
-        assert layer.attention is not None and layer.mlp is not None, "units are cut out of a full model"
-        attention = slice_attention(layer.attention, groups, full.spec)
-        layers.append(Layer(attention, slice_mlp(layer.mlp, neurons, full.spec)))
+
+    def cut(l: int, layer: Layer) -> Layer:
+        return slice_layer(layer, kept.groups[l], kept.neurons[l], full.spec)
+
+    layers = map_layers(full.layers, cut, room=0)  # cutting is cheap, and what is cut is mostly rounded at once
     if kept.token_ids is None:
         return replace(full, layers=layers)
     ids = kept.token_ids.to(full.embed.device)

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from strace.blocks import LONGEST_BLOCK, BlockAttend, RecordAttend, even_starts
 from strace.decoder import Decoder
-from strace.texts import Texts
-
-ROW_CHUNK = 1024  # logit rows held at once
+from strace.texts import Texts, split_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def measure_acceptance(full: Decoder, subgraph: Decoder, batches: Sequence[Texts
         p_stream, q_stream = block_streams(full, subgraph, batch, starts)
         rows = batch.real.flatten().nonzero().flatten()
         depth = (torch.arange(batch.shape[1]) - starts).flatten()
-        for some in rows.split(ROW_CHUNK):
+        for some in split_rows(rows, full.spec.vocabulary):
             here = some.to(p_stream.device)
             p, q = full.logits(p_stream[here]).softmax(-1), subgraph.logits(q_stream[here]).softmax(-1)
             accepted, agreed = compare(p, q, subgraph.token_ids)
@@ -58,8 +56,11 @@ def block_streams(full: Decoder, subgraph: Decoder, batch: Texts, starts: Tensor
     device = full.embed.device
     tokens, positions = batch.tokens.flatten().to(device), batch.positions.to(device)
     record = RecordAttend(*batch.shape, device=device)
-    whole = full.streams(tokens, positions, record)
-    return whole, subgraph.streams(tokens, positions, BlockAttend(starts, record.entries))
+    drafts = subgraph.walk(tokens, positions, BlockAttend(starts, record.entries))
+    for streams in zip(full.walk(tokens, positions, record), drafts, strict=True):
+        record.entries.clear()  # those of one layer are held at a time
+        whole, own = streams
+    return whole.to(full.final_norm.device), own.to(full.final_norm.device)
 
 
 def compare(p: Tensor, q: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:

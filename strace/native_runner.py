@@ -8,62 +8,76 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from strace import native
 from strace.decoder import MLP, Attention, Decoder, Layer, Norm
-from strace.draft import Draft, DraftLimits, DraftPlan, GainRule, Held
+from strace.draft import Draft, DraftLimits, DraftPlan, GainRule, Held, Verdict
 from strace.kv import Batch, KVCache
 from strace.linear import DENSE, Codes, Linear
 from strace.native import NativeError
+from strace.runner import FULL
 from strace.sampling import Sampler, SamplingParams
 
 _CACHE_LINE = 64
 _PIECE_ROWS = 512  # whole panels
+_SLAB = 1 << 28  # bytes asked of the system at once; what is not written to takes no memory
 _FORMAT_OF = {dtype: name for name, dtype in DENSE.items()}
 
 
 class Weights:
     """Packed copies of matrices, each once however many graphs share it, and all else that C points to.
 
+    A matrix is packed when it is described, so that of layers which are read from disk one at a time no more is held.
     The copies lie one after the other, as a step reads them, on large pages where the system has them.
     """
 
-    def __init__(self, matrices: Iterable[Tensor | Codes], threads: int = 1) -> None:
-        library = native.load()
-        distinct = {_place(weight): weight for weight in matrices}
-        sizes = {}
-        for place, weight in distinct.items():
-            format, rows, columns = _describe(weight)
-            packed = library.st_packed_bytes(format, rows, columns)
-            sizes[place] = -(-packed // _CACHE_LINE) * _CACHE_LINE
-        self.bytes = sum(sizes.values())
-        self._memory = mmap.mmap(-1, self.bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        self._packed = {}
+    def __init__(self, pool: Executor) -> None:
+        self.bytes = 0
+        self._library, self._pool = native.load(), pool
+        self._slabs: list[mmap.mmap] = []
+        self._free = range(0)  # addresses of the last slab
+        self._packed: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # a dead one's place is another's soon
         self._kept: list[Tensor] = []
-        for place, size in sizes.items():
-            self._packed[place] = start
-            start += size
-        pieces = [piece for place, weight in distinct.items() for piece in _cut(weight, self._packed[place])]
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(lambda piece: _pack(*piece), pieces):
-                pass
 
     def matrix(self, weight: Tensor | Codes, bias: Tensor | None = None) -> native.Matrix:
-        return native.Matrix(*_describe(weight), self._packed[_place(weight)], self.keep(bias, torch.float32))
+        """The matrix as C sees it, packed unless it was before."""
+        tensor = weight.codes if isinstance(weight, Codes) else weight
+        if tensor not in self._packed:
+            self._packed[tensor] = self._pack(weight)
+        return native.Matrix(*_describe(weight), self._packed[tensor], self.keep(bias, torch.float32))
+
+    def _pack(self, weight: Tensor | Codes) -> int:
+        size = self._library.st_packed_bytes(*_describe(weight))
+        place = self._reserve(-(-size // _CACHE_LINE) * _CACHE_LINE)
+        for _ in self._pool.map(lambda piece: _pack(*piece), _cut(weight, place)):
+            pass
+        return place
+
+    def _reserve(self, size: int) -> int:
+        """The address of so many bytes."""
+        if size > len(self._free):
+            slab = mmap.mmap(-1, max(size, _SLAB), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory: small pages
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                slab.madvise(mmap.MADV_HUGEPAGE)
+            start = torch.frombuffer(slab, dtype=torch.uint8).data_ptr()
+            self._slabs.append(slab)
+            self._free = range(start, start + len(slab))
+        place, self._free = self._free.start, self._free[size:]
+        self.bytes += size
+        return place
 
     def norm(self, norm: Norm | None) -> native.Norm:
         if norm is None:
@@ -77,12 +91,6 @@ class Weights:
             return None
         self._kept.append(tensor.detach().to("cpu", dtype, copy=True).contiguous())
         return self._kept[-1].data_ptr()
-
-
-def _place(weight: Tensor | Codes) -> tuple[int, int, int, int]:
-    """What tells a matrix from all others while they are alive."""
-    tensor = weight.codes if isinstance(weight, Codes) else weight
-    return tensor.data_ptr(), *_describe(weight)
 
 
 def _describe(weight: Tensor | Codes) -> tuple[int, int, int]:
@@ -112,15 +120,6 @@ def _pack(weight: Tensor | Codes, address: int) -> None:
     else:
         dense = weight.contiguous()
         native.check(library.st_pack_dense(*described, dense.data_ptr(), address))
-
-
-def _matrices(decoder: Decoder) -> list[Tensor | Codes]:
-    """A graph's matrices in the order that a step reads them."""
-    parts: list[Tensor | Codes] = [decoder.embed]
-    for layer in decoder.layers:
-        parts += [] if layer.attention is None else [layer.attention.qkv.weight, layer.attention.o.weight]
-        parts += [] if layer.mlp is None else [layer.mlp.inner.weight, layer.mlp.down.weight]
-    return [*parts, decoder.head.weight]
 
 
 def _attention(part: Attention | None, weights: Weights) -> native.Attention:
@@ -164,11 +163,17 @@ def _ropes(decoder: Decoder, weights: Weights) -> list[native.Rope]:
     ]
 
 
-def _describe_graph(decoder: Decoder, weights: Weights) -> native.GraphDescription:
+def _describe_graph(decoder: Decoder, weights: Weights) -> tuple[native.GraphDescription, Decoder]:
+    """A graph as C sees it, and its outline. Its layers are read once, one after the other."""
     spec = decoder.spec
-    layers = [native.Layer(_attention(layer.attention, weights), _mlp(layer.mlp, weights)) for layer in decoder.layers]
+    embed = weights.matrix(decoder.embed)
+    layers, outlines = [], []
+    for layer in decoder.layers:
+        layers.append(native.Layer(_attention(layer.attention, weights), _mlp(layer.mlp, weights)))
+        outlines.append(_outline_layer(layer))
     ropes = _ropes(decoder, weights)
-    return native.GraphDescription(
+    outline = replace(decoder, embed=decoder.embed.to("meta"), layers=outlines, head=_outline(decoder.head))
+    description = native.GraphDescription(
         layers=len(layers),
         hidden=spec.hidden,
         head_dim=spec.head_dim,
@@ -185,20 +190,25 @@ def _describe_graph(decoder: Decoder, weights: Weights) -> native.GraphDescripti
         logit_cap=spec.logit_cap,
         layer=(native.Layer * len(layers))(*layers),
         rope=(native.Rope * len(ropes))(*ropes),
-        embed=weights.matrix(decoder.embed),
+        embed=embed,
         position_embed=weights.keep(decoder.position_embed, torch.float32),
         final_norm=weights.norm(decoder.final_norm),
         head=weights.matrix(decoder.head.weight, decoder.head.bias),
         token_ids=weights.keep(decoder.token_ids, torch.int64),
         coverage=decoder.coverage,
     )
+    return description, outline
+
+
+_array = cache(operator.mul)
+"""The type of an array, of an element's type and a length. ctypes itself forgets types, and takes long to make them."""
 
 
 def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
     """A batch as C sees it, and what must live until the call is over."""
     tokens, tables = batch.tokens.contiguous(), batch.tables.contiguous()
     sequences, stride = tables.shape
-    numbers = ctypes.c_int32 * sequences
+    numbers = _array(ctypes.c_int32, sequences)
     counts, starts = numbers(*batch.counts), numbers(*batch.starts)
     return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
 
@@ -233,30 +243,65 @@ def _describe_params(params: SamplingParams) -> tuple[native.Sampler, tuple[np.n
     ), (bias_ids, bias)
 
 
-def _describe_samplers(samplers: Sequence[Sampler]) -> tuple[ctypes.Array[native.Sampler], list[Any]]:
-    """How sequences are sampled as C sees it, and what must live until the call is over."""
-    described, kept = (native.Sampler * len(samplers))(), list[Any]()
-    size = ctypes.sizeof(native.Sampler)
-    for number, (place, sampler) in enumerate(zip(described, samplers, strict=True)):
-        common = _describe_params(sampler.params)
-        ctypes.memmove(ctypes.addressof(described) + number * size, ctypes.addressof(common[0]), size)
-        place.shared, place.key, place.position = sampler.noise.shared, sampler.noise.key, sampler.position
-        kept.append(common)
-        if sampler.history or sampler.prompt or sampler.barred:
-            kept.append(_add_tokens(place, sampler))
-        if sampler.allowed is not None:
-            place.allow = _allow(sampler.allowed)
-            kept.append(place.allow)
-    return described, kept
+class _Samplers:
+    """How sequences are sampled as C sees it: described anew for others than the last time, the same only moved on."""
+
+    def __init__(self) -> None:
+        self._known: list[Sampler] = []
+        self._described = (native.Sampler * 0)()
+        self._places: list[native.Sampler] = []
+        self._kept: list[Any] = []  # what must live as long as the description
+        self._histories: list[np.ndarray] = []
+
+    def describe(self, samplers: Iterable[Sampler]) -> ctypes.Array[native.Sampler]:
+        """Good until the next call."""
+        if (now := list(samplers)) != self._known:
+            self._known, self._described = now, (native.Sampler * len(now))()
+            self._places = list(self._described)
+            self._kept = [_describe_sampler(*each) for each in zip(self._places, now, strict=True)]
+        self._histories = []
+        for place, sampler in zip(self._places, now, strict=True):
+            place.position = sampler.position
+            if sampler.history:
+                self._histories.append(_add_history(place, sampler.history))
+        return self._described
 
 
-def _add_tokens(place: native.Sampler, sampler: Sampler) -> list[np.ndarray]:
-    """Describe the tokens that a sampler counts or bars; the arrays that hold them."""
-    arrays = [np.asarray(ids, dtype=np.int64) for ids in (sampler.history, sampler.prompt, sampler.barred)]
-    place.history, place.prompt, place.barred = (array.ctypes.data for array in arrays)
-    place.history_count, place.prompt_count, place.barred_count = map(len, arrays)
-    place.barred_until = sampler.barred_until
-    return arrays
+def _describe_sampler(place: native.Sampler, sampler: Sampler) -> list[Any]:
+    """Describe what of a sampler stays; what must live as long."""
+    common = _describe_params(sampler.params)
+    ctypes.pointer(place)[0] = common[0]
+    place.shared, place.key = sampler.noise.shared, sampler.noise.key
+    prompt, barred = (np.asarray(ids, dtype=np.int64) for ids in (sampler.prompt, sampler.barred))
+    place.prompt, place.prompt_count = prompt.ctypes.data, len(prompt)
+    place.barred, place.barred_count, place.barred_until = barred.ctypes.data, len(barred), sampler.barred_until
+    if sampler.allowed is not None:
+        place.allow = _allow(sampler.allowed)
+    return [common, prompt, barred, place.allow]
+
+
+def _add_history(place: native.Sampler, history: Sequence[int]) -> np.ndarray:
+    """Describe the tokens that a sampler counts; the array that holds them."""
+    array = np.asarray(history, dtype=np.int64)
+    place.history, place.history_count = array.ctypes.data, len(array)
+    return array
+
+
+def _describe_held(held: Sequence[Held]) -> tuple[ctypes.Array[native.Held], Any, Any]:
+    """Drafts to judge as C sees them, what must live until the call is over, and where their divergences will be."""
+    described = _array(native.Held, len(held))()
+    tokens = [token for text in held for token in text.tokens]
+    drafts, divergences = _array(ctypes.c_int64, len(tokens))(*tokens), _array(ctypes.c_float, len(tokens))()
+    place, told = ctypes.addressof(drafts), ctypes.addressof(divergences)
+    for entry, text in zip(described, held, strict=True):
+        entry.row, entry.count, entry.drafts = text.row, len(text.tokens), place
+        if text.q is not None:
+            entry.q = text.q.data_ptr()
+        if text.audited:
+            entry.emitted, entry.audited, entry.divergences = text.emitted, text.audited, told
+        place += ctypes.sizeof(ctypes.c_int64) * len(text.tokens)
+        told += ctypes.sizeof(ctypes.c_float) * len(text.tokens)
+    return described, drafts, divergences
 
 
 def _describe_rule(rule: GainRule) -> native.Rule:
@@ -280,34 +325,27 @@ def _most(limits: DraftLimits) -> int:
     return min(limits.room, limits.held + (limits.emitted if limits.threshold <= 1 else 0))
 
 
-def _outline(decoder: Decoder) -> Decoder:
-    """The decoder with matrices that have shapes, formats and sizes, and take no memory."""
+def _outline(linear: Linear) -> Linear:
+    """A matrix that has a shape, a format and a size, and takes no memory."""
+    weight, bias = linear.weight, None if linear.bias is None else linear.bias.to("meta")
+    if isinstance(weight, Codes):
+        return Linear(replace(weight, codes=weight.codes.to("meta"), scales=weight.scales.to("meta")), bias)
+    return Linear(weight.to("meta"), bias)
 
-    def empty(linear: Linear) -> Linear:
-        weight, bias = linear.weight, None if linear.bias is None else linear.bias.to("meta")
-        if isinstance(weight, Codes):
-            return Linear(replace(weight, codes=weight.codes.to("meta"), scales=weight.scales.to("meta")), bias)
-        return Linear(weight.to("meta"), bias)
 
-    layers = []
-    for layer in decoder.layers:
-        a, m = layer.attention, layer.mlp
-        attention = None if a is None else replace(a, qkv=empty(a.qkv), o=empty(a.o))
-        layers.append(Layer(attention, None if m is None else replace(m, inner=empty(m.inner), down=empty(m.down))))
-    return replace(decoder, embed=decoder.embed.to("meta"), layers=layers, head=empty(decoder.head))
+def _outline_layer(layer: Layer) -> Layer:
+    a, m = layer.attention, layer.mlp
+    attention = None if a is None else replace(a, qkv=_outline(a.qkv), o=_outline(a.o))
+    return Layer(attention, None if m is None else replace(m, inner=_outline(m.inner), down=_outline(m.down)))
 
 
 def _check_places(graphs: dict[str, Decoder], cache: KVCache) -> None:
     for name, decoder in graphs.items():
-        places = {decoder.embed.device, *decoder.devices, *(layer.device for layer in decoder.layers if _any(layer))}
+        places = {decoder.embed.device, *decoder.devices}
         if any(place.type != "cpu" for place in places):
             raise NativeError(f"the native runner runs on the CPU; graph {name!r} lies on {sorted(map(str, places))}")
     if any(tensor.device.type != "cpu" for tensor in chain(cache.keys, cache.values)):
         raise NativeError("the native runner runs on the CPU; the cache lies elsewhere")
-
-
-def _any(layer: Layer) -> bool:
-    return layer.attention is not None or layer.mlp is not None
 
 
 class NativeRunner:
@@ -333,14 +371,15 @@ class NativeRunner:
         if not self._handle:
             raise NativeError(self._library.st_error().decode())
         self._destroy = weakref.finalize(self, self._library.st_destroy, self._handle)
-        self._weights = Weights(chain.from_iterable(_matrices(decoder) for decoder in graphs.values()), self.threads)
-        self._numbers = {}
-        for name, decoder in graphs.items():
-            description = _describe_graph(decoder, self._weights)
-            self._numbers[name] = native.check(self._library.st_add_graph(self._handle, description))
+        self._numbers, self.graphs = {}, {}
+        with ThreadPoolExecutor(self.threads) as pool:
+            self._weights = Weights(pool)
+            for name, decoder in graphs.items():
+                description, self.graphs[name] = _describe_graph(decoder, self._weights)
+                self._numbers[name] = native.check(self._library.st_add_graph(self._handle, description))
         self._rooms: dict[str, Tensor] = {}
+        self._judging, self._drafting = _Samplers(), {name: _Samplers() for name in graphs}
         self._token_ids = {name: decoder.token_ids for name, decoder in graphs.items()}
-        self.graphs = {name: _outline(decoder) for name, decoder in graphs.items()}
 
     def _describe_cache(self) -> native.Cache:
         layers = [
@@ -376,7 +415,7 @@ class NativeRunner:
 
     def _run(self, graph: str, batch: Batch, rows: list[int], logits: int | None, summaries: int | None) -> None:
         described, _borrowed = _describe_batch(batch)
-        wanted = (ctypes.c_int32 * len(rows))(*rows)
+        wanted = _array(ctypes.c_int32, len(rows))(*rows)
         number = self._numbers[graph]
         native.check(self._library.st_forward(self._handle, number, described, wanted, len(rows), logits, summaries))
 
@@ -384,28 +423,30 @@ class NativeRunner:
         sequences, most = len(plan.limits), max(map(_most, plan.limits))
         vocabulary = self.graphs[graph].spec.vocabulary
         described, _borrowed = _describe_batch(batch)
-        samplers, _kept = _describe_samplers(plan.samplers)
         limits = (native.Limits(limit.held, limit.emitted, limit.room, limit.threshold) for limit in plan.limits)
-        counts, tokens = np.empty(sequences, np.int32), np.empty((sequences, most), np.int64)
-        confidence, q = np.empty((sequences, most), np.float32), self._q(graph, sequences * most * vocabulary)
-        results = (*(array.ctypes.data for array in (counts, tokens, confidence)), q.data_ptr())
+        counts, tokens = _array(ctypes.c_int32, sequences)(), _array(ctypes.c_int64, sequences * most)()
+        confidence, q = _array(ctypes.c_float, sequences * most)(), self._q(graph, sequences * most * vocabulary)
         native.check(
             self._library.st_draft(
                 self._handle,
                 self._numbers[graph],
                 described,
-                samplers,
-                (native.Limits * sequences)(*limits),
+                self._drafting[graph].describe(plan.samplers),
+                _array(native.Limits, sequences)(*limits),
                 _describe_rule(plan.rule),
                 most,
-                *results,
+                counts,
+                tokens,
+                confidence,
+                q.data_ptr(),
             )
         )
         rows = q[: sequences * most * vocabulary].view(sequences, most, vocabulary)
-        return [
-            Draft(tokens[s, :n].tolist(), confidence[s, :n].tolist(), None if plan.samplers[s].greedy else rows[s, :n])
-            for s, n in enumerate(counts)
-        ]
+        drafts = []
+        for s, (count, sampler) in enumerate(zip(counts, plan.samplers, strict=True)):
+            drawn = slice(s * most, s * most + count)
+            drafts.append(Draft(tokens[drawn], confidence[drawn], None if sampler.greedy else rows[s, :count]))
+        return drafts
 
     def _q(self, graph: str, size: int) -> Tensor:
         """Room for a draft's distributions, float32 [size or more], the same from draft to draft."""
@@ -414,29 +455,40 @@ class NativeRunner:
         return self._rooms[graph]
 
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
-        described, _kept = _describe_samplers([sampler])
+        """`Sampler.process` in place, for tests."""
+        described = _Samplers()
         rows, vocabulary = logits.shape
         between = np.asarray(drafts, dtype=np.int64)
-        native.check(
-            self._library.st_process(self._handle, logits.data_ptr(), rows, between.ctypes.data, vocabulary, described)
-        )
+        place, samplers = between.ctypes.data, described.describe([sampler])
+        native.check(self._library.st_process(self._handle, logits.data_ptr(), rows, place, vocabulary, samplers))
         return logits
 
-    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
-        texts = len(held)
-        samplers, _kept = _describe_samplers([text.sampler for text in held])
-        drafts = np.array([token for text in held for token in text.tokens], dtype=np.int64)
-        described, place = (native.Held * texts)(), drafts.ctypes.data
-        for entry, text in zip(described, held, strict=True):
-            entry.row, entry.count, entry.drafts = text.row, len(text.tokens), place
-            if text.q is not None:
-                entry.q = text.q.data_ptr()
-            place += drafts.itemsize * len(text.tokens)
-        standing, tokens = (ctypes.c_int32 * texts)(), (ctypes.c_int64 * texts)()
-        vocabulary = logits.shape[1]
-        native.check(
-            self._library.st_verify(
-                self._handle, logits.data_ptr(), vocabulary, texts, described, samplers, standing, tokens
-            )
-        )
-        return [[*text.tokens[:n], token] for text, n, token in zip(held, standing, tokens, strict=True)]
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
+        described, _drafts, divergences = _describe_held(held)
+        samplers = self._judging.describe(text.sampler for text in held)
+        standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
+        rows = logits.data_ptr(), logits.shape[1]
+        native.check(self._library.st_verify(self._handle, *rows, len(held), described, samplers, standing, tokens))
+        return _tell(held, standing, tokens, divergences)
+
+    def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
+        described, _borrowed = _describe_batch(batch)
+        texts, _drafts, divergences = _describe_held(held)
+        samplers = self._judging.describe(text.sampler for text in held)
+        wanted = _array(ctypes.c_int32, len(rows))(*rows)
+        standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
+        asked = self._numbers[FULL], described, wanted, len(rows), len(held), texts, samplers
+        native.check(self._library.st_verify_pass(self._handle, *asked, standing, tokens))
+        return _tell(held, standing, tokens, divergences)
+
+
+def _tell(
+    held: Sequence[Held], standing: Iterable[int], tokens: Iterable[int], divergences: Sequence[float]
+) -> list[Verdict]:
+    """The verdicts as the engine wants them."""
+    first, verdicts = 0, []
+    for text, n, token in zip(held, standing, tokens, strict=True):
+        told = divergences[first : first + min(text.audited, n + 1)] if text.audited else []
+        verdicts.append(Verdict([*text.tokens[:n], token], list(told)))
+        first += len(text.tokens)
+    return verdicts

@@ -23,10 +23,10 @@ from strace.decoder import Decoder
 from strace.draft import Held
 from strace.files import file_beside
 from strace.kv import BLOCK, Batch
-from strace.measure import ROW_CHUNK, block_streams
+from strace.measure import block_streams
 from strace.runner import FULL, Runner
 from strace.sampling import Noise, Sampler, SamplingParams, total_variation
-from strace.texts import Texts, batch_texts
+from strace.texts import Texts, batch_texts, split_rows
 
 TABLE = "positions.safetensors"
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -87,9 +87,9 @@ def _continue(
         batch = Batch(pending, counts, [starts[i] for i in alive], tables[alive])
         logits = runner.forward(FULL, batch, (np.cumsum(counts) - 1).tolist())
         held = [Held(row, [], None, Sampler(params, noises[i], len(texts[i]))) for row, i in enumerate(alive)]
-        for i, new in zip(alive, runner.verify(logits, held), strict=True):
+        for i, verdict in zip(alive, runner.verify(logits, held), strict=True):
             starts[i] = len(texts[i])
-            texts[i] += new
+            texts[i] += verdict.tokens
         alive = [i for i in alive if texts[i][-1] not in stop_ids]
         if not alive:
             return
@@ -170,27 +170,42 @@ def measure_positions(
     full: Decoder, subgraph: Decoder, continuations: Sequence[Continuation], seed: int = 0
 ) -> Positions:
     """The table of `subgraph` drafting in blocks of 8 over the full model's own text, at each text's temperature."""
-    generator = torch.Generator().manual_seed(seed)
+    [positions] = measure_heads(full, [subgraph], continuations, seed)
+    return positions
+
+
+@torch.inference_mode()
+def measure_heads(
+    full: Decoder, subgraphs: Sequence[Decoder], continuations: Sequence[Continuation], seed: int = 0
+) -> list[Positions]:
+    """As `measure_positions`, of subgraphs that differ in their heads alone: their layers are run once."""
+    generators = [torch.Generator().manual_seed(seed) for _ in subgraphs]
     sources = tuple(sorted({c.source for c in continuations}))
     # batch_texts keeps this order, so that rows can be told whose they are.
     ordered = sorted(continuations, key=lambda c: len(c.ids), reverse=True)
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[list[dict[str, np.ndarray]]] = [[] for _ in subgraphs]
     done = 0
     for batch in batch_texts([c.ids for c in ordered]):
         own = ordered[done : done + batch.shape[0]]
-        starts = _draft_starts(batch, [c.given for c in own], generator)
-        p_stream, q_stream = block_streams(full, subgraph, batch, starts)
+        # The same from every generator: as many numbers were drawn from each.
+        starts, *_ = [_draft_starts(batch, [c.given for c in own], generator) for generator in generators]
+        p_stream, q_stream = block_streams(full, subgraphs[0], batch, starts)
         for s, each in enumerate(own):
             rows = torch.arange(each.given - 1, len(each.ids) - 1)
             if not len(rows):
                 continue
             at = rows + s * batch.shape[1]
-            columns = _compare_rows(full, subgraph, p_stream[at], q_stream[at], each, generator)
-            columns["depth"] = (rows - starts[s, rows]).numpy()
-            columns["source"] = np.full(len(rows), sources.index(each.source))
-            columns["text"] = np.full(len(rows), done + s)
-            parts.append(columns)
+            for subgraph, generator, found in zip(subgraphs, generators, parts, strict=True):
+                columns = _compare_rows(full, subgraph, p_stream[at], q_stream[at], each, generator)
+                columns["depth"] = (rows - starts[s, rows]).numpy()
+                columns["source"] = np.full(len(rows), sources.index(each.source))
+                columns["text"] = np.full(len(rows), done + s)
+                found.append(columns)
         done += len(own)
+    return [_join(sources, found) for found in parts]
+
+
+def _join(sources: tuple[str, ...], parts: Sequence[dict[str, np.ndarray]]) -> Positions:
     joined = {n: np.concatenate([p[n] for p in parts] or [np.zeros(0)]).astype(t) for n, t in _COLUMNS.items()}
     return Positions(sources, **joined)
 
@@ -210,7 +225,8 @@ def _compare_rows(
     """The columns that the distributions of one text's rows give."""
     nexts = torch.tensor(text.ids[text.given :])
     columns: list[dict[str, Tensor]] = []
-    for a, b, x in zip(p_stream.split(ROW_CHUNK), q_stream.split(ROW_CHUNK), nexts.split(ROW_CHUNK), strict=True):
+    parts = (split_rows(rows, full.spec.vocabulary) for rows in (p_stream, q_stream, nexts))
+    for a, b, x in zip(*parts, strict=True):
         wanted, short = full.logits(a).cpu(), subgraph.logits(b).cpu()
         rows = short
         if subgraph.token_ids is not None:

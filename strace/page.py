@@ -4,10 +4,9 @@ prefers."""
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 
 INK, MUTED, GRID = "#1c2430", "#5b6675", "#e4e8ee"
 # What a page shows instead of a drawing's colour where the reader prefers a dark one; others stay as they are.
@@ -30,11 +29,10 @@ DARK = {
 
 def render(template: str, **values: Any) -> str:
     """The page that a template of this package makes of the values; texts among them are shown, never run."""
-    folder = files("strace")
-    environment = Environment(autoescape=True)
+    environment = Environment(autoescape=True, loader=PackageLoader("strace", ""))
     colours = {_name(light): (light, dark) for light, dark in DARK.items()}
-    style = environment.from_string((folder / "page.css").read_text(encoding="utf-8")).render(colours=colours)
-    return environment.from_string((folder / template).read_text(encoding="utf-8")).render(style=style, **values)
+    style = environment.get_template("page.css").render(colours=colours)
+    return environment.get_template(template).render(style=style, **values)
 
 
 def follow_page(svg: str) -> str:

@@ -1,10 +1,14 @@
 """Repair and quantise: fit what a subgraph keeps so that its stream follows the full model's.
 
 Layer by layer, on the inputs that the compact, quantised layers before really give, and in the serving regime (draft
-blocks of 1 to 8 positions over the full model's keys and values, see blocks.py). Input projections are rounded with
-their inputs' second moments (arXiv:2210.17323); output projections are fitted by ridge regression towards the sliced
-weights, rounded the same way, and get the bias that removes the mean residual. How hard the ridge pulls is judged after
-rounding, on texts apart from those fitted on.
+blocks of 1 to 8 positions over the full model's keys and values, see blocks.py). All projections are fitted by ridge
+regression towards the sliced weights and rounded with their inputs' second moments (arXiv:2210.17323); how hard the
+ridge pulls is judged after rounding, on texts apart from those fitted on. Output projections also get the bias that
+removes the mean residual.
+
+An input projection is fitted to what the sliced one gives on the full model's stream (as in arXiv:2504.02692): a part
+of what the subgraph lacks can be told from what it has. Dense ones stay as they are, which is why folders need not hold
+them.
 
 What an output projection is fitted to is what the full stream has that the own one lacks. Where a post-norm follows
 (OLMo-2, Gemma), which no linear fit sees through, it is the full model's own part before that norm instead: what
@@ -14,8 +18,10 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +34,7 @@ from strace.texts import Texts
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # in mean diagonals of the inputs' moments
 DAMPING = 0.01
+LOT = 1 << 24  # numbers of an input projection that are fitted together
 
 
 class Moments:
@@ -44,9 +51,9 @@ class Moments:
     def add(self, x: Tensor, r: Tensor | None = None) -> None:
         """Count rows in; without r only the inputs' moments grow."""
         x = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
-        self.xx += (x.T @ x).double()
+        self.xx += x.T @ x
         if r is not None:
-            self.xr += (x.T @ r).double()
+            self.xr += x.T @ r
             self.rr += r.double().square().sum()
 
     @property
@@ -57,7 +64,7 @@ class Moments:
     def centred(self) -> tuple[Tensor, Tensor]:
         """[K, K] and [K, D] about the means: what is left for a weight when the bias takes the means."""
         n, x, r = self.xx[-1, -1], self.xx[:-1, -1], self.xr[-1]
-        return self.inputs - torch.outer(x, x) / n, self.xr[:-1] - torch.outer(x, r) / n
+        return self.inputs - torch.outer(x, x).div_(n), self.xr[:-1] - torch.outer(x, r).div_(n)
 
     def bias(self, weight: Tensor) -> Tensor:
         """float64 [D]: the mean of r - W x."""
@@ -70,13 +77,62 @@ class Moments:
         return float(total / self.xx[-1, -1])
 
 
-def round_second_order(weight: Tensor, moments: Tensor) -> Codes:
-    """int4 codes of a [N, K] matrix, each column's rounding error carried to the columns after it by the inverse of the
-    inputs' moments [K, K] (GPTQ, arXiv:2210.17323); groups of 32 are scaled on the weights as carried so far."""
-    k = weight.shape[1]
-    damped = moments + DAMPING * moments.diagonal().mean().clamp_min(1e-12) * torch.eye(k, device=moments.device)
+class Twins:
+    """Second moments of inputs x [N, K] and of what the full model has in their places, float64 [K, K]."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.own, self.both = (torch.zeros(inputs, inputs, dtype=torch.float64, device=device) for _ in range(2))
+
+    def add(self, own: Tensor, full: Tensor) -> None:
+        """Count rows in."""
+        own = own.float()
+        self.own += own.T @ own
+        self.both += own.T @ full.float()
+
+    def error(self, weight: Tensor, wanted: Tensor) -> float:
+        """Squared error of `weight` on the own inputs against `wanted` on the full ones, but for a constant."""
+        weight, wanted = weight.double(), wanted.double()
+        return float(((weight @ self.own) * weight).sum() - 2 * ((weight @ self.both) * wanted).sum())
+
+
+class Rounding:
+    """Rounds matrices [N, K] of one kind of inputs to `format`, by the inputs' moments [K, K]. Dense ones stay as they
+    are; int4 falls back to int8 where K is no multiple of its group, as in `make_linear`."""
+
+    def __init__(self, moments: Tensor, format: str) -> None:
+        self.moments, self.format = moments, format
+
+    @cached_property
+    def _upper(self) -> Tensor:
+        return factor(self.moments)
+
+    def __call__(self, weight: Tensor) -> Tensor | Codes:
+        if self.format in DENSE:
+            return weight
+        if self.format == "int4" and weight.shape[1] % GROUP == 0:
+            return round_second_order(weight, self._upper)
+        return quantise(weight, "int8")
+
+
+def factor(moments: Tensor) -> Tensor:
+    """The upper factor, of unit diagonal, of the inverse of some inputs' moments [K, K]."""
+    damped = add_diagonal(moments, DAMPING * moments.diagonal().mean().clamp_min(1e-12))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    left, upper = weight.double().clone(), upper / upper.diagonal()[:, None]
+    return upper / upper.diagonal()[:, None]
+
+
+def add_diagonal(matrix: Tensor, number: Tensor) -> Tensor:
+    """A copy of a square matrix with a number added all along its diagonal."""
+    copy = matrix.clone()
+    copy.diagonal().add_(number)
+    return copy
+
+
+def round_second_order(weight: Tensor, upper: Tensor) -> Codes:
+    """int4 codes of a [N, K] matrix, each column's rounding error carried to the columns after it by the `factor` of
+    its inputs' moments (GPTQ, arXiv:2210.17323); groups of 32 are scaled on the weights as carried so far."""
+    k = weight.shape[1]
+    left = weight.double().clone()
     codes, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
     for start in range(0, k, GROUP):
         group = slice(start, start + GROUP)
@@ -91,19 +147,39 @@ def round_second_order(weight: Tensor, moments: Tensor) -> Codes:
     return Codes("int4", codes, torch.cat(scales, 1))
 
 
-def round_matrix(weight: Tensor, moments: Tensor, format: str) -> Tensor | Codes:
-    """A [N, K] matrix in `format`, dense ones as they are; int4 falls back to int8 where K is no multiple of its group,
-    as in `make_linear`."""
-    if format in DENSE:
-        return weight
-    if format == "int4" and weight.shape[1] % GROUP == 0:
-        return round_second_order(weight, moments)
-    return quantise(weight, "int8")
-
-
 def as_dense(weight: Tensor | Codes) -> Tensor:
     """float32 [N, K]."""
     return weight.dense() if isinstance(weight, Codes) else weight.float()
+
+
+def pull_towards(start: Tensor, xx: Tensor, moved: Tensor) -> Iterator[Tensor]:
+    """A matrix [N, K], float64, and ridge regressions towards it; xx, moved: moments of the inputs [K, K] and of the
+    inputs with what `start` leaves of the wanted outputs [N, K]."""
+    yield start
+    unit = xx.diagonal().mean().clamp_min(1e-12)
+    for ridge in RIDGES:
+        yield start + torch.linalg.solve(add_diagonal(xx, ridge * unit), moved, left=False)
+
+
+def fit_input(sliced: Tensor, fit: Twins, choose: Twins, format: str) -> Codes:
+    """The input projection [N, K] in a quantised format: what gives, on the own stream, the most of what `sliced` gives
+    on the full model's. Rows go in lots of `LOT` numbers at most, for a head may have a billion."""
+    rounding = Rounding(fit.own, format)
+    lots = [_fit_rows(rows, fit, choose, rounding) for rows in sliced.split(max(1, LOT // sliced.shape[1]))]
+    return Codes(lots[0].format, torch.cat([lot.codes for lot in lots]), torch.cat([lot.scales for lot in lots]))
+
+
+def _fit_rows(sliced: Tensor, fit: Twins, choose: Twins, rounding: Rounding) -> Codes:
+    """Some rows: of several ridges and no fit at all, the one whose rounded result errs least on `choose`."""
+    start = sliced.double()
+    least, best = math.inf, None
+    for weight in pull_towards(start, fit.own, start @ (fit.both.T - fit.own)):
+        rounded = rounding(weight)
+        error = choose.error(as_dense(rounded), sliced)
+        if error < least:
+            least, best = error, rounded
+    assert isinstance(best, Codes), "dense projections are not fitted"
+    return best
 
 
 def fit_output(sliced: Tensor, fit: Moments, choose: Moments, format: str) -> tuple[Tensor | Codes, Tensor]:
@@ -111,13 +187,10 @@ def fit_output(sliced: Tensor, fit: Moments, choose: Moments, format: str) -> tu
     `sliced`, for the ridge whose rounded result errs least on `choose`. Where no fit beats them, the sliced weights
     stay."""
     xx, xr = fit.centred()
-    start = sliced.double()
-    moved = xr.T - start @ xx
-    unit = xx.diagonal().mean().clamp_min(1e-12) * torch.eye(len(xx), device=xx.device)
-    fitted = [start + torch.linalg.solve(xx + ridge * unit, moved, left=False) for ridge in RIDGES]
+    start, rounding = sliced.double(), Rounding(xx, format)
     tried = []
-    for weight in (start, *fitted):
-        rounded = round_matrix(weight, xx, format)
+    for weight in pull_towards(start, xx, xr.T - start @ xx):
+        rounded = rounding(weight)
         bias = fit.bias(as_dense(rounded))
         tried.append((choose.error(as_dense(rounded), bias), rounded, bias))
     _, rounded, bias = min(tried, key=lambda t: t[0])
@@ -193,7 +266,7 @@ class Repair:
         part = None if whole is None else slice_attention(whole, self.kept.groups[l], self.full.spec)
         if part is None:
             return
-        qkv, dense = self._round_input(part.qkv, part.norm)
+        qkv, dense = self._fit_input(part.qkv, part.norm)
         self.work.layers[l].attention = replace(part, qkv=dense)
         inputs = []
         for march in self.marches:
@@ -216,7 +289,7 @@ class Repair:
         part = None if whole is None else slice_mlp(whole, self.kept.neurons[l], self.full.spec)
         if part is None:
             return
-        inner, dense = self._round_input(part.inner, part.norm)
+        inner, dense = self._fit_input(part.inner, part.norm)
         self.work.layers[l].mlp = replace(part, inner=dense)
         inputs = []
         for march in self.marches:
@@ -227,11 +300,11 @@ class Repair:
         self.served.layers[l].mlp = replace(part, inner=inner, down=self._fit_output(part, part.down, inputs, wanted))
 
     def head(self) -> None:
-        """Round the head for the normalised streams that it will read."""
+        """Fit the head to the normalised streams that it will read."""
         for march in self.marches:
             march.move(self.full.final_norm.device)
             march.look()
-        self.served.head, _ = self._round_input(self.served.head, self.full.final_norm)
+        self.served.head, _ = self._fit_input(self.served.head, self.full.final_norm)
 
     def _wanted(self, march: March, whole: Attention | MLP | None, tap: Capture) -> Tensor:
         """What the output projection at hand shall give, float32 [S * n, hidden]; `tap` saw what the full one reads."""
@@ -240,12 +313,15 @@ class Repair:
         output = whole.o if isinstance(whole, Attention) else whole.down
         return output(tap.value).float()
 
-    def _round_input(self, linear: Linear, norm: Norm | None) -> tuple[Linear, Linear]:
-        moments = Moments(linear.shape[1], 0, self.marches[0].own.device)
+    def _fit_input(self, linear: Linear, norm: Norm | None) -> tuple[Linear, Linear]:
+        """Fit an input projection to what it gives on the full model's stream: as served, and expanded."""
+        if self.format in DENSE:
+            return linear, linear
+        fit, choose = (Twins(linear.shape[1], self.marches[0].own.device) for _ in range(2))
         for march in self.marches:
-            if march.fitted_on:
-                moments.add(march.real(self.full.normalise(march.read[1], norm)))
-        return self._linears(round_matrix(linear.dense(), moments.inputs, self.format), linear.bias)
+            full, own = (self.full.normalise(march.real(stream), norm) for stream in march.read)
+            (fit if march.fitted_on else choose).add(own, full)
+        return self._linears(fit_input(linear.dense(), fit, choose, self.format), linear.bias)
 
     def _fit_output(self, part: Sublayer, sliced: Linear, inputs: list[Tensor], wanted: list[Tensor]) -> Linear:
         """Fit an output projection to what is wanted of it, then add what the part gives to the own streams."""

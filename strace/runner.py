@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from strace.decoder import Decoder
-from strace.draft import Draft, Drafting, DraftPlan, Held
+from strace.draft import Draft, Drafting, DraftPlan, Held, Verdict
 from strace.kv import Batch, KVCache, PagedAttend
-from strace.sampling import Sampler, verify
+from strace.sampling import audit, verify
 
 FULL = "full"
 
@@ -41,15 +41,16 @@ class Runner(Protocol):
         A draft's q is overwritten by the graph's next draft.
         """
 
-    def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
-        """float32 [R, V]: the distributions that the tokens of R successive rows are drawn from; `drafts` lie between
-        them. The logits may be overwritten."""
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
+        """Per text `strace.sampling.verify` and `audit`, from the full model's logits, float32 [R, V], which may be
+        overwritten."""
 
-    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
-        """Per text `strace.sampling.verify`, from the full model's logits, float32 [R, V], which may be overwritten."""
+    def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
+        """`verify` of the full model's rows at the positions `rows`, where nobody else asks for them."""
+        return self.verify(self.forward(FULL, batch, rows), held)
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """The portable reference, in eager torch."""
 
     name = "torch"
@@ -93,14 +94,13 @@ class TorchRunner:
             step, rows = Batch(tokens, [1] * len(alive), starts, batch.tables[alive]), list(range(len(alive)))
         return [each.draft for each in drafting]
 
-    def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
-        return sampler.process(logits, drafts)
-
-    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
+    @torch.inference_mode()
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
         return [_settle(logits[text.row : text.row + len(text.tokens) + 1], text) for text in held]
 
 
-def _settle(logits: Tensor, held: Held) -> list[int]:
+def _settle(logits: Tensor, held: Held) -> Verdict:
     """One text's drafts, by its own rows."""
-    p = held.sampler.process(logits, held.tokens)
-    return verify(p, held.q, held.tokens, held.sampler.noise, held.sampler.position)
+    p, noise, position = held.sampler.process(logits, held.tokens), held.sampler.noise, held.sampler.position
+    tokens = verify(p, held.q, held.tokens, noise, position, held.emitted)
+    return Verdict(tokens, audit(p, held.q, held.tokens[: min(held.audited, len(tokens))], noise, position))

@@ -10,7 +10,7 @@ probability min(1, p/q) and a rejected one is replaced from the residual, so the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -72,9 +72,10 @@ class Noise:
         return -(-u.clamp_min(1e-300).log()).log()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sampler:
-    """How the next tokens of one sequence are drawn.
+    """How the next tokens of one sequence are drawn. Two are the same if they are one object: it goes with its text,
+    and only `position` and `history` change.
 
     position: of the next one. history: the tokens generated before it, if penalties count them; prompt: those before
     the text, if the repetition penalty does. barred: ids that no token before position `barred_until` may be. allowed:
@@ -85,7 +86,7 @@ class Sampler:
     params: SamplingParams
     noise: Noise
     position: int
-    history: Sequence[int] = ()
+    history: list[int] = field(default_factory=list)
     prompt: Sequence[int] = ()
     barred: Sequence[int] = ()
     barred_until: int = 0
@@ -120,6 +121,11 @@ class Sampler:
         allowed = self.allowed
         behind = None if allowed is None else lambda drafts: allowed([*tokens, *drafts])
         return replace(self, position=self.position + len(tokens), history=[*self.history, *tokens], allowed=behind)
+
+    def before(self, count: int) -> Sampler:
+        """The sampler in front of the last `count` tokens."""
+        history = self.history[: max(0, len(self.history) - count)]
+        return replace(self, position=self.position - count, history=history)
 
 
 def process(
@@ -222,17 +228,33 @@ def draw_residual(p: Tensor, q: Tensor | None, noise: Noise, position: int) -> i
     return draw(residual(p, q), noise, position, Purpose.RESIDUAL)
 
 
-def verify(p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int) -> list[int]:
+def verify(
+    p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int, emitted: int = 0
+) -> list[int]:
     """Settle a block of drafts: the accepted ones and one more token, the full model's.
 
     p: float32 [n + 1, V], the full model's processed rows before each draft and after the last. q: float32 [n, V], the
-    processed rows the drafts were drawn from, or None where the temperature is 0. position: of the first draft.
+    processed rows the drafts were drawn from, or None where the temperature is 0. position: of the first draft. The
+    first `emitted` stand whatever p is.
     """
     for i, token in enumerate(drafts):
         row = None if q is None else q[i]
-        if not accepts(p[i], row, token, noise, position + i):
+        if i >= emitted and not accepts(p[i], row, token, noise, position + i):
             return [*drafts[:i], draw_residual(p[i], row, noise, position + i)]
     return [*drafts, draw_token(p[len(drafts)], noise, position + len(drafts))]
+
+
+def audit(p: Tensor, q: Tensor | None, drafts: Sequence[int], noise: Noise, position: int) -> list[float]:
+    """The divergence of each draft: is it other than the full model's choice after the same text? Arguments as in
+    `verify`.
+
+    Without a seed a draw has no counterpart to compare with; its expected divergence, the total variation, stands for
+    it.
+    """
+    if noise.shared or q is None:
+        return [float(draw_token(p[i], noise, position + i) != token) for i, token in enumerate(drafts)]
+    divergences: list[float] = total_variation(p[: len(drafts)], q[: len(drafts)]).tolist()
+    return divergences
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:

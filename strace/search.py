@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from strace.checkpoint import quantise_decoder
+from strace.checkpoint import quantise_layer, quantise_linear
 from strace.costs import (
     TYPICAL,
     CostTable,
@@ -29,9 +29,11 @@ from strace.costs import (
     save_table,
     stamp,
 )
-from strace.decoder import Decoder
+from strace.decoder import Decoder, Layer
 from strace.graphs import make_runner
-from strace.keep import NEURON_BLOCK, Kept, slice_decoder
+from strace.keep import BF16, NEURON_BLOCK, Kept, slice_layer
+from strace.layers import map_layers
+from strace.linear import Codes, Linear
 from strace.runner import FULL
 
 LENGTHS = (1, 2, 4, 5, 6, 7, 9)  # tokens of the full passes timed; 9 verify the longest draft
@@ -63,6 +65,38 @@ class StepCosts:
         return self.full[1] * 1e3
 
 
+@dataclass(frozen=True)
+class Projection:
+    """What steps cost elsewhere, in full steps there. where: on what. draft: of (1, share of the full model's bytes in
+    bf16) per step. v: of full passes, by tokens."""
+
+    where: str
+    draft: tuple[float, float]
+    v: dict[int, float]
+
+    def c(self, share: float) -> float:
+        """A draft step that reads such a share of the full model's bytes."""
+        return self.draft[0] + self.draft[1] * share
+
+
+def project_table(table: CostTable) -> Projection:
+    """The line, no part of it below zero, nearest to the draft steps of a table of any machine and model.
+
+    Raises:
+        ValueError: for a table without full passes or without drafts.
+    """
+    setting, full = table.setting, draw_verifying(table.costs)
+    drafts = {name: draw_curve(table.costs, name) for name in setting.graphs if name != FULL}
+    if FULL not in setting.graphs or 1 not in full or not drafts or any(1 not in curve for curve in drafts.values()):
+        raise ValueError("the costs of a projection are those of full passes and of drafts; some are missing")
+    whole = setting.graphs[FULL].bytes_per_step * BF16 / getattr(torch, setting.dtype).itemsize
+    rows = np.array([[1.0, setting.graphs[name].bytes_per_step / whole] for name in drafts])
+    c = np.array([curve[1] for curve in drafts.values()]) / full[1]
+    (fixed, share), _ = nnls(rows / c[:, None], np.ones(len(c)))  # relative errors count
+    where = f"{setting.processor}, {setting.threads} threads, {setting.runner} {setting.isa}"
+    return Projection(where, (float(fixed), float(share)), {n: seconds / full[1] for n, seconds in full.items()})
+
+
 def _features(graph: Decoder) -> tuple[int, int, int]:
     sublayers = sum(part is not None for layer in graph.layers for part in (layer.attention, layer.mlp))
     return 1, sublayers, graph.bytes_per_step
@@ -70,7 +104,7 @@ def _features(graph: Decoder) -> tuple[int, int, int]:
 
 def list_shapes(full: Decoder, format: str) -> dict[str, Decoder]:
     """Graphs of the sizes to time, by name, plainly quantised: which units they keep does not matter."""
-    spec = full.spec
+    spec, whole = full.spec, quantise_linear(full.head, format, full.dtype)
     shapes = {}
     for attention, mlp, head in SHAPES:
         layers = range(spec.layers)
@@ -78,10 +112,31 @@ def list_shapes(full: Decoder, format: str) -> dict[str, Decoder]:
         neurons = (
             torch.arange(min(spec.mlp, max(1, round(mlp * spec.mlp / NEURON_BLOCK)) * NEURON_BLOCK)),
         ) * spec.layers
-        ids = None if head == 1 else torch.arange(round(head * spec.vocabulary))
+        rows = round(head * spec.vocabulary)
         name = f"attention {attention:g}, neurons {mlp:g}, head {head:g}, {format}"
-        shapes[name] = quantise_decoder(slice_decoder(full, Kept(groups, neurons, ids)), format)
+        ids = None if rows == spec.vocabulary else torch.arange(rows)
+        first = _take_first(whole, rows, full.dtype)
+        shapes[name] = _make_shape(full, Kept(groups, neurons, ids), first, format)
     return shapes
+
+
+def _make_shape(full: Decoder, kept: Kept, head: Linear, format: str) -> Decoder:
+    """The kept units over a head that is rounded already. No layer stays: each is packed once."""
+
+    def make(l: int, layer: Layer) -> Layer:
+        part = slice_layer(layer, kept.groups[l], kept.neurons[l], full.spec)
+        return quantise_layer(part, format, full.dtype)
+
+    layers = map_layers(full.layers, make, room=0)
+    return replace(full, layers=layers, head=head, token_ids=kept.token_ids)
+
+
+def _take_first(linear: Linear, rows: int, dtype: torch.dtype) -> Linear:
+    """The first rows of a matrix, in the same memory."""
+    weight, bias = linear.weight, None if linear.bias is None else linear.bias[:rows]
+    if isinstance(weight, Codes):
+        return Linear(replace(weight, codes=weight.codes[:rows], scales=weight.scales[:rows]), bias, dtype)
+    return Linear(weight[:rows], bias)
 
 
 def price_steps(
@@ -101,7 +156,7 @@ def price_steps(
         costs = measure_costs(served, list(shapes), cases, ROUNDS, BUDGET, clock=clock)
         table = CostTable(setting, stamp(), 0.0, costs, {})
         save_table(table)
-    return fit_costs(table, list(shapes.values()), list(shapes))
+    return fit_costs(table, [served.graphs[name] for name in shapes], list(shapes))
 
 
 def fit_costs(table: CostTable, graphs: Sequence[Decoder], names: Sequence[str]) -> StepCosts:

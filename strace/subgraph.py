@@ -23,8 +23,9 @@ from torch import Tensor
 from strace.checkpoint import Checkpoint
 from strace.classes import POOLED
 from strace.decoder import Decoder, Layer
-from strace.files import file_beside, folder_beside
-from strace.keep import Kept, Plan, slice_decoder
+from strace.files import file_beside, folder_beside, write_beside
+from strace.keep import Kept, Plan, slice_layer, take
+from strace.layers import map_layers
 from strace.linear import Codes, Linear
 from strace.onpolicy import Positions
 
@@ -125,10 +126,21 @@ class Measured(_Record):
     on_policy: dict[str, OnPolicy] = {}
 
 
+class Beside(_Record):
+    """A class beside `pooled`, whose subgraph has the tensors of the hash `pooled`: what is predicted to be gained at
+    temperature 1, the middle 95 % of draws of the sources (strace.beside), and how many sources those are."""
+
+    pooled: str
+    gain: float
+    interval: tuple[float, float]
+    sources: int
+
+
 class Manifest(_Record):
-    """All that `subgraph.json` says. `recipe` is the hash of everything that the result depends on. A subgraph that
-    does not pay where it was traced is not served: `why` says so, and `pooled` drafts for the class. distilled: minutes
-    of training that the subgraph went through; 0 also where training did not pay."""
+    """All that `subgraph.json` says. `recipe` is the hash of everything that the tensors depend on. A subgraph that
+    does not pay where it was traced, or does not surely gain `beside` pooled, is not served: `why` says so, and
+    `pooled` drafts for the class. distilled: minutes of training that the subgraph went through; 0 also where training
+    did not pay."""
 
     schema_version: Literal[1] = 1
     class_name: str = Field(alias="class")
@@ -146,6 +158,7 @@ class Manifest(_Record):
     measured: Measured
     candidates: list[Candidate]
     machine: Machine
+    beside: Beside | None = None
     tensors_hash: str = ""
 
 
@@ -199,9 +212,13 @@ def save_tensors(path: Path, subgraph: Decoder, kept: Kept) -> None:
 
 
 def restore_tensors(path: Path, kept: Kept, full: Decoder) -> Decoder | None:
-    """The subgraph whose tensors `save_tensors` wrote; None where there are none that can be read."""
+    """The subgraph whose tensors `save_tensors` wrote; None where there are none that can be read. Its layers are made
+    when asked for where those of `full` are."""
     try:
-        return _fill(kept, load_file(path), full)
+        subgraph = _fill(kept, load_file(path), full)
+        for _ in subgraph.layers:  # so that what is missing is told now
+            pass
+        return subgraph
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
         return None
 
@@ -216,8 +233,17 @@ def save_subgraph(
         if positions is not None:
             positions.save(beside)
         manifest = manifest.model_copy(update={"tensors_hash": _hash_file(beside / TENSORS)})
-        (beside / MANIFEST).write_text(manifest.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+        (beside / MANIFEST).write_text(_format(manifest), encoding="utf-8")
     return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a subgraph that is there, in place of its old one."""
+    write_beside(folder / MANIFEST, _format(manifest))
+
+
+def _format(manifest: Manifest) -> str:
+    return manifest.model_dump_json(by_alias=True, indent=1) + "\n"
 
 
 def _hash_file(path: Path) -> str:
@@ -300,15 +326,19 @@ def _build(manifest: Manifest, tensors: dict[str, Tensor], full: Decoder) -> Dec
 
 
 def _fill(kept: Kept, tensors: dict[str, Tensor], full: Decoder) -> Decoder:
-    subgraph = slice_decoder(full, kept)
-    stored = {name: _read_linear(tensors, name, linear, full.dtype) for name, linear, _ in _list_linears(subgraph)}
-    layers = []
-    for l, layer in enumerate(subgraph.layers):
+    def read(name: str, sliced: Linear) -> Linear:
+        return _read_linear(tensors, name, sliced, full.dtype)
+
+    def fill(l: int, whole: Layer) -> Layer:
+        layer = slice_layer(whole, kept.groups[l], kept.neurons[l], full.spec)
         a, m, at = layer.attention, layer.mlp, f"layers.{l}"
-        a = None if a is None else replace(a, qkv=stored[f"{at}.qkv"], o=stored[f"{at}.o"])
-        m = None if m is None else replace(m, inner=stored[f"{at}.gate_up"], down=stored[f"{at}.down"])
-        layers.append(Layer(a, m))
-    return replace(subgraph, layers=layers, head=stored["head"])
+        a = None if a is None else replace(a, qkv=read(f"{at}.qkv", a.qkv), o=read(f"{at}.o", a.o))
+        m = None if m is None else replace(m, inner=read(f"{at}.gate_up", m.inner), down=read(f"{at}.down", m.down))
+        return Layer(a, m)
+
+    ids = None if kept.token_ids is None else kept.token_ids.to(full.embed.device)
+    head = read("head", full.head if ids is None else take(full.head, rows=ids))
+    return replace(full, layers=map_layers(full.layers, fill), head=head, token_ids=ids)
 
 
 def _read_kept(manifest: Manifest, tensors: dict[str, Tensor], full: Decoder) -> Kept:

@@ -13,6 +13,7 @@ LONGEST, SHORTEST = (
     16,
 )  # tokens of a piece: long enough for context, short enough that attention patterns stay small
 BATCH_TOKENS = 4096
+ROWS, LOGITS = 1024, 1 << 25  # most rows of logits held at once, and most numbers in them
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ def batch_texts(pieces: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS) -> 
             batches.append([])
         batches[-1].append(piece)
     return [_pad(batch) for batch in batches]
+
+
+def split_texts(batch: Texts, most: int) -> list[Texts]:
+    """The batch in parts of at most so many texts."""
+    parts = zip(batch.tokens.split(most), batch.lengths.split(most), strict=True)
+    return [Texts(tokens, lengths) for tokens, lengths in parts]
+
+
+def split_rows(rows: Tensor, vocabulary: int) -> Sequence[Tensor]:
+    """`rows` in parts of which all logits may be held at once."""
+    return rows.split(max(1, min(ROWS, LOGITS // vocabulary)))
 
 
 def _pad(pieces: Sequence[Sequence[int]]) -> Texts:

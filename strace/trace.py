@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,8 +21,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from strace.beside import Drafter, compare_speedups
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import (
+    POOLED,
     SHARES,
     BadPrompts,
     Parts,
@@ -35,7 +38,7 @@ from strace.classes import (
 from strace.classifier import Classifier, Frame, fit_classifier
 from strace.cluster import Clusters, cluster_prompts, save_clusters
 from strace.controls import score_units
-from strace.costs import name_processor
+from strace.costs import name_processor, read_table
 from strace.decoder import Decoder
 from strace.distill import distill
 from strace.duplicates import drop_repeats
@@ -52,17 +55,19 @@ from strace.onpolicy import (
     conditional_acceptance,
     continue_prompts,
     count_cache,
+    measure_heads,
     measure_positions,
     share_agreeing,
 )
 from strace.repair import repair
 from strace.runner import FULL, Runner
-from strace.search import StepCosts, price_steps
+from strace.search import Projection, StepCosts, price_steps, project_table
 from strace.subgraph import (
     MANIFEST,
     SCHEMA,
     BadSubgraph,
     Base,
+    Beside,
     Candidate,
     Data,
     KeptLayer,
@@ -70,9 +75,11 @@ from strace.subgraph import (
     Manifest,
     Measured,
     OnPolicy,
+    load_subgraph,
     read_manifest,
     read_tensors,
     restore_tensors,
+    save_manifest,
     save_subgraph,
     save_tensors,
 )
@@ -100,7 +107,8 @@ class Options:
     """What `strace-llm trace` was asked for. `size`: share of the full model's bf16 bytes per step (None: the best of
     many). `prompts`: a file or folder (None: the shipped ones). `classes`: only these of it (empty: all; `auto` alone:
     those found in it, `clusters` of them). `class_name`: of prompts that name none. `units`: how they are scored
-    (strace.controls). `runner`: what is timed and continues prompts. `distill`: minutes of training a class."""
+    (strace.controls). `runner`: what is timed and continues prompts. `distill`: minutes of training a class. `costs`:
+    tables of other machines, for which speedups are projected."""
 
     model: str
     output: Path
@@ -114,6 +122,7 @@ class Options:
     distill: float = 0.0
     class_name: str | None = None
     clusters: int | None = None
+    costs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,11 +217,19 @@ class Head:
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate's subgraph, what it keeps and how it does; distilled: minutes."""
+    """What a candidate keeps and how it does. Its subgraph is built again if it is chosen: all together would take
+    more memory than the model."""
 
-    subgraph: Decoder
     kept: Kept
     record: Candidate
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidate of a class and its subgraph; distilled: minutes."""
+
+    tried: Tried
+    subgraph: Decoder
     distilled: float = 0.0
 
 
@@ -222,7 +239,7 @@ class Tracer:
     def __init__(self, checkpoint: Checkpoint, full: Decoder, options: Options, say: Callable[[str], None]) -> None:
         self.checkpoint, self.full, self.options, self.say = checkpoint, full, options, say
         self.progress: Progress = ignore  # hears the share of a class that is done
-        self.runner: Runner = make_runner({FULL: full}, count_cache(GIVEN, WRITTEN), options.runner)
+        self._runner: Runner | None = None
         self.machine = describe_machine(full, self.runner)
         self.base = Base(
             model=options.model,
@@ -232,6 +249,22 @@ class Tracer:
             kv_heads=checkpoint.spec.kv_heads,
             neurons=checkpoint.spec.mlp,
         )
+
+    @property
+    def runner(self) -> Runner:
+        """What continues prompts. It has all weights of the full model in memory, until `rest`."""
+        if self._runner is None:
+            self._runner = make_runner({FULL: self.full}, count_cache(GIVEN, WRITTEN), self.options.runner)
+        return self._runner
+
+    def rest(self) -> None:
+        """Let go of the runner: units are scored and fitted on a layer at a time."""
+        self._runner = None
+
+    @cached_property
+    def full_bytes(self) -> int:
+        """The whole that a size is a share of."""
+        return full_bytes(self.full)
 
     @cached_property
     def costs(self) -> StepCosts:
@@ -271,24 +304,48 @@ class Tracer:
             self.say(f"{name}: finished before")
             return None
         fit, seed = material.texts["fit"], self.options.seed
+        own = {use: self.continue_part(material, use, TEMPERATURES) for use in CONTINUED}
+        self.rest()
         self.say(f"{name}: scoring units on {material.data['fit'].tokens} tokens")
         flow = measure_flow(self.full, _first(fit, FLOW_TOKENS))
         flow = score_units(self.options.units, flow, self.full, fit, seed)
         mass = measure_mass(self.full, fit)
         counts = count_tokens(fit, self.full.spec.vocabulary)
         head = Head(rank_tokens(mass, counts, special_ids(self.checkpoint)), mass)
-        own = {use: self.continue_part(material, use, TEMPERATURES) for use in CONTINUED}
         work = self.options.output / ".work" / f"{name}-{recipe[:16]}"
         tried = self.try_plans(name, flow, head, material, own["choose"], work)
-        best = choose(tried)
+        best = self.pick(name, choose(tried), material, work)
         if self.options.distill:
             best = self.distil(name, best, material, own["choose"], work)
         manifest, positions = self.describe(name, material, recipe, best, tried, own)
-        saved = save_subgraph(self.options.output / name, manifest, best.subgraph, best.kept, positions)
+        saved = save_subgraph(self.options.output / name, manifest, best.subgraph, best.tried.kept, positions)
         shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):  # another class's may be in it
             work.parent.rmdir()
         return saved
+
+    def compare_pooled(self, name: str, material: Material) -> Manifest | None:
+        """Draft for a class with its own subgraph and with `pooled`'s, and write down whether its own is to be served;
+        None where the two were compared before."""
+        folder, drafters = self.options.output, []
+        manifest, pooled = (read_manifest(folder / each) for each in (name, POOLED))
+        if manifest.beside is not None and manifest.beside.pooled == pooled.tensors_hash:
+            return None
+        texts = self.continue_part(material, "report", (1.0,))
+        self.rest()
+        for each in (name, POOLED):
+            subgraph = load_subgraph(folder / each, self.checkpoint, self.full)
+            positions = measure_positions(self.full, subgraph, texts, self.options.seed)
+            drafters.append(Drafter(positions, self.costs.c(subgraph)))
+        gain, low, high = compare_speedups(drafters[0], drafters[1], self.costs.v, self.options.seed)
+        sources = len(drafters[0].positions.sources)
+        beside = Beside(pooled=pooled.tensors_hash, gain=gain, interval=(low, high), sources=sources)
+        [best] = [c for c in manifest.candidates if c.plan == manifest.plan]
+        pays, why = judge(best, manifest.candidates, beside)
+        self.say(f"{name}: {why}")
+        judged = manifest.model_copy(update={"beside": beside, "pays": pays, "why": why})
+        save_manifest(folder / name, judged)
+        return judged
 
     def continue_part(self, material: Material, use: str, temperatures: Sequence[float]) -> list[Continuation]:
         """The prompts of a use, continued by the full model at each temperature."""
@@ -310,7 +367,7 @@ class Tracer:
         plans = plan_candidates(size, self.options.format, self.options.units)
         if size is None:
             return plans
-        budget = size * full_bytes(self.full)
+        budget = size * self.full_bytes
         fitted = [fit_size(plan, flow, self.full.spec, head.cut(plan.coverage), budget) for plan in plans]
         if not any(fitted):
             raise ValueError(f"size {size} allows {budget / 1e6:.2f} MB per step: too little for attention and head")
@@ -322,17 +379,23 @@ class Tracer:
         """Every candidate, measured on the continuations `own`; those that the Pareto front holds are marked."""
         tried: list[Tried] = []
         plans = self.list_plans(flow, head)
-        for number, plan in enumerate(plans):
-            self.progress(number / len(plans))
-            kept = keep_units(flow, plan)
-            headless = self.build(name, plan, kept, material, work)
-            ids = head.cut(plan.coverage)
-            subgraph = cut_head(headless, ids)
-            record = self.record(plan, subgraph, own)
-            self.say(f"{name}: {_summarise(record)}")
-            tried.append(Tried(subgraph, replace(kept, token_ids=ids), record))
+        for _, group in groupby(plans, lambda plan: replace(plan, name="", coverage=1.0)):
+            some = list(group)
+            self.progress(len(tried) / len(plans))
+            kept = keep_units(flow, some[0])
+            headless = self.build(name, some[0], kept, material, work)
+            heads = [head.cut(plan.coverage) for plan in some]
+            records = self.record(some, [cut_head(headless, ids) for ids in heads], own)
+            for ids, record in zip(heads, records, strict=True):
+                self.say(f"{name}: {_summarise(record)}")
+                tried.append(Tried(replace(kept, token_ids=ids), record))
         front = find_front([t.record for t in tried])
         return [replace(t, record=t.record.model_copy(update={"best": b})) for t, b in zip(tried, front, strict=True)]
+
+    def pick(self, name: str, tried: Tried, material: Material, work: Path) -> Chosen:
+        """A candidate with its subgraph."""
+        headless = self.build(name, tried.record.plan, replace(tried.kept, token_ids=None), material, work)
+        return Chosen(tried, cut_head(headless, tried.kept.token_ids))
 
     def build(self, name: str, plan: Plan, kept: Kept, material: Material, work: Path) -> Decoder:
         """A plan's layers, rounded and repaired, with every head row. What was repaired is kept in the folder `work`,
@@ -341,23 +404,24 @@ class Tracer:
             return quantise_decoder(slice_decoder(self.full, kept), plan.format)
         parts = [plan.attention, plan.mlp, plan.whole, plan.format]
         path = work / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
-        subgraph = restore_tensors(path, kept, self.full)
-        if subgraph is None:
-            self.say(f"{name}: repairing {plan.name}")
-            fit, choose = material.texts["fit"], material.texts["choose"]
-            subgraph = repair(self.full, kept, plan.format, fit, choose, self.options.seed)
-            work.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, subgraph, kept)
-        return subgraph
+        if restored := restore_tensors(path, kept, self.full):
+            return restored
+        self.say(f"{name}: repairing {plan.name}")
+        fit, choose = material.texts["fit"], material.texts["choose"]
+        repaired = repair(self.full, kept, plan.format, fit, choose, self.options.seed)
+        work.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, repaired, kept)
+        return repaired
 
-    def distil(self, name: str, best: Tried, material: Material, own: Sequence[Continuation], work: Path) -> Tried:
+    def distil(self, name: str, best: Chosen, material: Material, own: Sequence[Continuation], work: Path) -> Chosen:
         """The chosen subgraph trained for the minutes asked for, on texts to fit and the full model's continuations of
         their prompts; as it was where that did not raise its predicted speedup. Each round is kept in `work`."""
         written = self.continue_part(material, "fit", (1.0,))
+        self.rest()
         texts = [*material.texts["fit"], *batch_texts([c.ids for c in written])]
         rounds = max(1, round(self.options.distill / ROUND_MINUTES))
         work.mkdir(parents=True, exist_ok=True)
-        subgraph = best.subgraph
+        subgraph, kept, before = best.subgraph, best.tried.kept, best.tried.record
         for number in range(rounds + 1):
             path = work / f"distilled-{number}.safetensors"
             if not path.exists():
@@ -365,26 +429,34 @@ class Tracer:
                     self.say(f"{name}: distilling, round {number} of {rounds}")
                     seconds = 60 * self.options.distill / rounds
                     subgraph = distill(self.full, subgraph, texts, seconds, self.options.seed + number).subgraph
-                save_tensors(path, subgraph, best.kept)
-            restored = restore_tensors(path, best.kept, self.full)  # holds no inference tensor
+                save_tensors(path, subgraph, kept)
+            restored = restore_tensors(path, kept, self.full)  # holds no inference tensor
             assert restored is not None, "it was just written"
             subgraph = restored
-        record = self.record(best.record.plan, subgraph, own)
+        [record] = self.record([before.plan], [subgraph], own)
         self.say(f"{name}: distilled: {_summarise(record)}")
-        if record.speedup <= best.record.speedup:
+        if record.speedup <= before.speedup:
             return best
-        return Tried(subgraph, best.kept, record.model_copy(update={"best": best.record.best}), self.options.distill)
+        after = Tried(kept, record.model_copy(update={"best": before.best}))
+        return Chosen(after, subgraph, self.options.distill)
 
-    def record(self, plan: Plan, subgraph: Decoder, own: Sequence[Continuation]) -> Candidate:
-        """A candidate's acceptance on the full model's own text, and what that is predicted to bring."""
+    def record(
+        self, plans: Sequence[Plan], subgraphs: Sequence[Decoder], own: Sequence[Continuation]
+    ) -> list[Candidate]:
+        """The acceptance of candidates that differ in their heads alone on the full model's own text, and what that is
+        predicted to bring."""
         some = [c for c in own if c.temperature in (0.0, 1.0)]
-        positions = measure_positions(self.full, subgraph, some, self.options.seed)
+        tables = measure_heads(self.full, subgraphs, some, self.options.seed)
+        return [self.price(*each) for each in zip(plans, subgraphs, tables, strict=True)]
+
+    def price(self, plan: Plan, subgraph: Decoder, positions: Positions) -> Candidate:
+        """A candidate, by its table."""
         accepted, agreement = (conditional_acceptance(positions.at(t)) for t in (1.0, 0.0))
         c, v = self.costs.c(subgraph), self.costs.v
         speedup, length = predict_speedup(accepted, c, v)
         return Candidate(
             plan=plan,
-            bytes_share=subgraph.bytes_per_step / full_bytes(self.full),
+            bytes_share=subgraph.bytes_per_step / self.full_bytes,
             accepted=accepted,
             agreement=agreement,
             c=c,
@@ -401,17 +473,18 @@ class Tracer:
         name: str,
         material: Material,
         recipe: str,
-        best: Tried,
+        best: Chosen,
         tried: Sequence[Tried],
         own: dict[str, list[Continuation]],
     ) -> tuple[Manifest, Positions]:
         """Measure the chosen subgraph on what is to report and write down everything about it."""
-        report, subgraph, kept, seed = material.texts["report"], best.subgraph, best.kept, self.options.seed
+        report, subgraph, seed = material.texts["report"], best.subgraph, self.options.seed
+        kept, record = best.tried.kept, best.tried.record
         acceptance = measure_acceptance(self.full, subgraph, report, seed)
         chosen_by, reported = (measure_positions(self.full, subgraph, own[use], seed) for use in CONTINUED)
         ids = kept.token_ids
         covered = 1.0 if ids is None else float(measure_mass(self.full, report)[ids].sum())
-        pays, why = judge(best.record, [t.record for t in tried])
+        pays, why = judge(record, [t.record for t in tried])
         self.say(f"{name}: {why}; accepted {acceptance.mean:.3f} on texts apart")
         manifest = Manifest(
             class_name=name,
@@ -420,7 +493,7 @@ class Tracer:
             seed=seed,
             recipe=recipe,
             data=material.data,
-            plan=best.record.plan,
+            plan=record.plan,
             why=why,
             pays=pays,
             distilled=best.distilled,
@@ -432,7 +505,7 @@ class Tracer:
                 positions=acceptance.positions,
                 coverage=covered,
                 bytes_per_step=subgraph.bytes_per_step,
-                bytes_share=best.record.bytes_share,
+                bytes_share=record.bytes_share,
                 on_policy={f"{t:g}": summarise(chosen_by.at(t), reported.at(t)) for t in TEMPERATURES},
             ),
             candidates=[t.record for t in tried],
@@ -467,15 +540,21 @@ def choose(tried: Sequence[Tried]) -> Tried:
     return max((t for t in tried if t.record.speedup >= 0.99 * most), key=lambda t: t.record.greedy)
 
 
-def judge(best: Candidate, tried: Sequence[Candidate]) -> tuple[bool, str]:
-    """Whether the best candidate shall be served, and why it or none is."""
+def judge(best: Candidate, tried: Sequence[Candidate], beside: Beside | None = None) -> tuple[bool, str]:
+    """Whether the best candidate shall be served, and why it or none is; a class's must surely gain `beside` pooled."""
     predicted = f"highest predicted speedup ({best.speedup:.2f}, greedy {best.greedy:.2f})"
     text = f"{best.plan.name}: {predicted} of {len(tried)} candidates"
     if best.speedup < WORTH:
         return False, f"no subgraph: {text}; below {WORTH} on this machine and runner, where it does not pay"
     if not best.plan.repaired:
         return False, f"no subgraph: {text}; the whole model in {best.plan.format} needs none"
-    return True, text
+    if beside is None:
+        return True, text
+    low, high = beside.interval
+    over = f"{beside.gain:+.2f} ({low:+.2f} to {high:+.2f} in 95 % of draws of {beside.sources} sources) over pooled"
+    if low > 0 and beside.sources > 1:  # one source drawn again is always the same
+        return True, f"{text}; {over}"
+    return False, f"no subgraph: {text}; {over}, which serves as well"
 
 
 def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
@@ -489,6 +568,20 @@ def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
         curve=calibrated.curve,
         reliability=calibrated.reliability,
         ece=calibrated.ece,
+    )
+
+
+def tell_projected(manifest: Manifest, projection: Projection) -> str:
+    """What a class's candidates, with the acceptance measured here, are predicted to bring elsewhere."""
+    found = {
+        record.plan.name: predict_speedup(record.accepted, projection.c(record.bytes_share), projection.v)[0]
+        for record in manifest.candidates
+    }
+    [here] = [record.speedup for record in manifest.candidates if record.plan == manifest.plan]
+    best = max(found, key=lambda name: found[name])
+    return (
+        f"{manifest.class_name}: {manifest.plan.name}: speedup {found[manifest.plan.name]:.2f} projected to "
+        f"{projection.where}, {here:.2f} predicted here; best there: {best}, {found[best]:.2f}"
     )
 
 
@@ -530,9 +623,10 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
 
     Raises:
         BadPrompts, BadCheckpoint, UnsupportedModel: see strace.classes, strace.checkpoint, strace.families.
-        ValueError: for a size too small for the model.
+        ValueError: for a size too small for the model, or costs that cannot be read.
         OSError: something cannot be written; what was is kept, and the same call goes on there.
     """
+    projections = [project_table(read_table(path)) for path in options.costs]
     opened = cache(lambda: open_checkpoint(options.model))
     found = find_classes(options, lambda messages: write_chat(opened(), messages))
     checkpoint, classes = opened(), found.classes
@@ -544,7 +638,7 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
                 f"{name}: {len(long)} prompts are longer than the context of {checkpoint.spec.context}: cut ({long[0]})"
             )
     classifier = make_classifier(checkpoint, {name: split[name] for name in classes}, options.seed)
-    tracer = Tracer(checkpoint, load_decoder(checkpoint, choose_dtype("cpu")), options, say)
+    tracer = Tracer(checkpoint, load_decoder(checkpoint, choose_dtype("cpu"), streamed=True), options, say)
     made = {}
     try:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -557,7 +651,11 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
         for number, (name, material) in enumerate(materials.items()):
             tracer.progress = partial(_report, progress, number, len(materials))
             made[name] = tracer.trace_class(name, material)
+            for projection in projections:
+                say(tell_projected(made[name] or read_manifest(options.output / name), projection))
             tracer.progress(1.0)
+        for name in classes if len(classes) > 1 else ():  # pooled of one class is that class
+            made[name] = tracer.compare_pooled(name, materials[name]) or made[name]
     except OSError as error:
         raise OSError(f"{error}; what is done is kept in {options.output}, the same command goes on there") from error
     return {name: manifest for name, manifest in made.items() if manifest is not None}

@@ -141,6 +141,12 @@ PANELS = [
         "none",
     ),
     Panel(
+        "Gate of routed by class and batch",
+        "Emitting unverified over verifying all, in paired blocks. Not surely above 1, routed texts are verified.",
+        {"{{class}} {{batch}}": "avg by (class, batch) (strace_llm_gate_speedup_ratio)"},
+        "none",
+    ),
+    Panel(
         "Age of the guard's baseline",
         "Time since the last plain full step, by batch.",
         {"batch {{batch}}": "max by (batch) (strace_llm_guard_baseline_age_seconds)"},

@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from server.api.errors import DOCUMENTED, invalid
 from server.api.generation import (
     Generation,
+    Template,
     count_usage,
     event_stream,
     final_ran,
@@ -135,11 +136,16 @@ def _delta(part: Part) -> Delta:
 
 async def _chunks(
     generation: Generation, readers: list[Reader], served: Served, body: ChatRequest, id: str
-) -> AsyncIterator[ChatChunk]:
+) -> AsyncIterator[ChatChunk | str]:
     """Roles, text as it comes, each answer's finish reason, usage if asked for; the last chunk says what ran."""
     chunk: Callable[..., ChatChunk] = partial(ChatChunk, id=id, created=int(time.time()), model=body.model)
     for index in range(len(readers)):
         yield chunk(choices=[ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
+
+    def write_answer(index: int, text: str) -> ChatChunk:
+        return chunk(choices=[ChunkChoice(index=index, delta=Delta(content=text))])
+
+    answers = [Template(partial(write_answer, index)) for index in range(len(readers))]
     called: set[int] = set()
     thoughts = [""] * len(readers)
     finished: dict[int, engine.Ran] = {}
@@ -157,7 +163,10 @@ async def _chunks(
                 called.add(index)
             elif isinstance(part, Thought):
                 thoughts[index] += part.text
-            yield chunk(choices=[ChunkChoice(index=index, delta=_delta(part), logprobs=logprobs(index))])
+            if isinstance(part, Answer) and not waiting[index]:
+                yield answers[index].fill(part.text)
+            else:
+                yield chunk(choices=[ChunkChoice(index=index, delta=_delta(part), logprobs=logprobs(index))])
         if update.finish is None:
             continue
         finished[index] = final_ran(update)

@@ -14,6 +14,7 @@ from server.api.chat import STREAM
 from server.api.errors import DOCUMENTED, invalid
 from server.api.generation import (
     Generation,
+    Template,
     count_usage,
     event_stream,
     final_ran,
@@ -118,13 +119,22 @@ def _metrics(served: Served, body: CompletionRequest, rans: list[engine.Ran]) ->
 
 async def _chunks(
     generation: Generation, served: Served, body: CompletionRequest, requests: list[engine.Request], id: str
-) -> AsyncIterator[Completion]:
+) -> AsyncIterator[Completion | str]:
     """Text as it comes, each text's finish reason with its last piece; the last chunk says what ran."""
     chunk: Callable[..., Completion] = partial(Completion, id=id, created=int(time.time()), model=body.model)
+
+    def write_piece(index: int, text: str) -> Completion:
+        return chunk(choices=[CompletionChoice(index=index, text=text, finish_reason=None)])
+
+    pieces = [Template(partial(write_piece, index)) for index in range(len(requests))]
     finished: dict[int, engine.Ran] = {}
     begun: set[int] = set()
     offsets = [0] * len(requests)
     async for index, update in generation.updates():
+        if update.finish is None and body.logprobs is None and index in begun:
+            if update.text:
+                yield pieces[index].fill(update.text)
+            continue
         prompt, first = requests[index].prompt, index not in begun
         choice = _choose(served, body, index, prompt, update, first, offsets[index])
         begun.add(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 import anyio
 from fastapi import Request as HttpRequest
+from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 from starlette.background import BackgroundTask
 
@@ -34,6 +36,7 @@ from server.metrics import Metrics
 
 T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 15  # between comments in a stream that has no news; proxies cut a silent line after some 30
+_MARK = uuid.uuid4().hex  # no chunk has it by chance
 SEND_SECONDS = 5  # for what was generated before the server stopped to reach its readers
 
 
@@ -170,10 +173,23 @@ def _encode(data: str, name: str | None = None) -> bytes:
     return f"{head}data: {data}\n\n".encode()
 
 
+class Template:
+    """Chunks as JSON that differ in one text only: all else is written once."""
+
+    def __init__(self, make: Callable[[str], Reply]) -> None:
+        """make: the chunk with a text."""
+        self._before, self._after = make(_MARK).model_dump_json().split(_MARK)
+
+    def fill(self, text: str) -> str:
+        """What the chunk's `model_dump_json` gives."""
+        return self._before + to_json(text)[1:-1].decode() + self._after
+
+
 def event_stream(
-    generation: Generation, chunks: AsyncIterator[Reply], metrics: Metrics, named: bool = False
+    generation: Generation, chunks: AsyncIterator[Reply | str], metrics: Metrics, named: bool = False
 ) -> EventSourceResponse:
-    """`chunks` as server-sent events; a stream that breaks ends with an error event.
+    """`chunks` as server-sent events, those that are JSON already as they are; a stream that breaks ends with an error
+    event.
 
     named: events bear their `type` as name, as those of /v1/responses do; the others end with `[DONE]`.
     """
@@ -183,7 +199,7 @@ def event_stream(
             try:
                 async for chunk in chunks:
                     name = getattr(chunk, "type", None) if named else None
-                    yield _encode(chunk.model_dump_json(), name)
+                    yield _encode(chunk if isinstance(chunk, str) else chunk.model_dump_json(), name)
             except Exception as error:
                 yield _encode(ErrorBody(error=count(error, metrics).detail).model_dump_json())
             if not named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from server.engine.memory import give_back
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
-from strace.certificate import Setting, load_certificates
+from strace.certificate import Certificate, Setting, load_certificates
 from strace.checkpoint import BadCheckpoint, Checkpoint, load_decoder, open_checkpoint
 from strace.classes import POOLED
 from strace.classifier import Classifier
@@ -24,7 +25,7 @@ from strace.costs import describe_setting, load_table
 from strace.decoder import Decoder
 from strace.graphs import choose_dtype, choose_folder, load_drafts, make_runner
 from strace.kv import BLOCK, block_bytes
-from strace.runner import FULL
+from strace.runner import FULL, Runner
 from strace.subgraph import list_unpaying
 
 _MEMORY_SHARE = 0.25  # of the memory still free once the weights are loaded: what the cache takes unless told otherwise
@@ -72,13 +73,12 @@ def build_engine(
     full = load_decoder(checkpoint, dtype, where.device, where.max_memory)
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
-    chooser: Chooser | None = None if folder is None else Classifier.load(folder, checkpoint.tokenizer_hash)
     tokenizer = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
     if tokenizer is None:
         raise BadCheckpoint(f"model {model!r} has no tokenizer.json; its tokenizer cannot decode token by token")
     blocks = count_blocks(full, where.kv_memory, options.max_running)
     runner = make_runner({FULL: full, **drafts}, blocks, where.runner, where.compile)
-    certificates = {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, runner.isa, dtype))
+    chooser, unpaying, certificates = _read_rest(folder, checkpoint, drafts, runner, dtype)
     classes, limits = tuple(drafts), Limits(full.spec.context, full.spec.vocabulary)
     del full, drafts  # the native runner has packed them
     give_back()
@@ -90,7 +90,7 @@ def build_engine(
         limits=limits,
         cost=measure_start(runner, checkpoint.weight_hash),
         chooser=chooser,
-        unpaying={} if folder is None else list_unpaying(folder),
+        unpaying=unpaying,
         observer=observer,
         options=options,
         worker=worker,
@@ -133,16 +133,19 @@ def reload_drafts(
     pooled = old.graphs[POOLED].bytes_per_step
     cost = engine.cost.estimate({name: graph.bytes_per_step / pooled for name, graph in drafts.items()})
     table = load_table(describe_setting(runner, checkpoint.weight_hash))
-    return engine.swap(
-        Drafts(
-            runner,
-            tuple(drafts),
-            cost if table is None else make_model(table.costs),
-            None if folder is None else Classifier.load(folder, again.tokenizer_hash),
-            {} if folder is None else list_unpaying(folder),
-            {} if folder is None else load_certificates(folder, drafts, Setting(runner.name, runner.isa, dtype)),
-        )
-    )
+    known = cost if table is None else make_model(table.costs)
+    return engine.swap(Drafts(runner, tuple(drafts), known, *_read_rest(folder, again, drafts, runner, dtype)))
+
+
+def _read_rest(
+    folder: Path | None, checkpoint: Checkpoint, drafts: Iterable[str], runner: Runner, dtype: str
+) -> tuple[Chooser | None, dict[str, str], dict[str, Certificate]]:
+    """What a folder of subgraphs has beside them: the classifier, which classes do not pay, the certificates that hold
+    for this runner."""
+    if folder is None:
+        return None, {}, {}
+    certificates = load_certificates(folder, drafts, Setting(runner.name, runner.isa, dtype))
+    return Classifier.load(folder, checkpoint.tokenizer_hash), list_unpaying(folder), certificates
 
 
 def count_blocks(full: Decoder, kv_memory: int | None, max_running: int) -> int:

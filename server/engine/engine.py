@@ -23,7 +23,7 @@ from server.engine.auditor import Auditor
 from server.engine.blocks import BlockPool, blocks_for
 from server.engine.check import Limits, check
 from server.engine.cost import CostModel
-from server.engine.cycle import Cycle, Rows
+from server.engine.cycle import Cycle, Passed
 from server.engine.faults import lacks_memory
 from server.engine.guard import Guard
 from server.engine.observer import Nobody, Observer, Step
@@ -346,10 +346,10 @@ class Engine:
             left = [*self.scheduler.running, *self.scheduler.waiting]
         self._end(left, Unavailable(reason))
 
-    @torch.inference_mode()
     def step(self) -> None:
         """One turn. A failure ends the requests it struck, with an error delivered to each, and no other."""
-        self._take_drafts()
+        if self._next is not None:
+            self._take_drafts()
         with self._wake:
             given_up = self.scheduler.cancelled()
         for sequence in given_up:
@@ -372,8 +372,7 @@ class Engine:
     def _take_drafts(self) -> None:
         """Take over what `swap` brought."""
         with self._wake:
-            if self._next is None:
-                return
+            assert self._next is not None
             (drafts, done), self._next = self._next, None
             self.classes, self.unpaying, self._chooser = drafts.classes, dict(drafts.unpaying), drafts.chooser
             self._promises = Promises(drafts.certificates, self.options.risk)
@@ -399,27 +398,27 @@ class Engine:
             self.cycle.draft(plan)
         except Exception as error:
             self._shed(plan, error)  # those that are left go on without a draft
-        for sequence in plan.decoding:
+        drafted = [sequence for sequence in plan.decoding if sequence.draft.tokens]
+        for sequence in drafted:
             if sequence.emitted:
                 self._deliver(sequence)
-        rows = self._full_pass(plan)
-        plain = not any(s.draft.tokens for s in plan.decoding)
-        for sequence, failure in self.cycle.settle(rows, plan).items():
+        passed = self._full_pass(plan)
+        for sequence, failure in self.cycle.settle(passed, plan).items():
             (self._end if isinstance(failure, Refused) else self._fail)([sequence], failure)
             plan.drop(sequence)
-        self._account(before, plan, plain, time.perf_counter())
+        self._account(before, plan, not drafted, time.perf_counter())
         for sequence in plan.sequences:
             self.scheduler.seal(sequence)
             self._deliver(sequence)
 
-    def _full_pass(self, plan: Plan) -> Rows:
+    def _full_pass(self, plan: Plan) -> Passed:
         """The cycle's, of as many texts as there is memory for."""
-        while plan.sequences:
+        while plan.decoding or plan.chunks:
             try:
                 return self.cycle.full_pass(plan)
             except Exception as error:
                 self._shed(plan, error)
-        return Rows(torch.empty(0, 0), {})
+        return Passed({})
 
     def _account(self, before: dict[Sequence, int], plan: Plan, plain: bool, ended: float) -> None:
         """Book the step. before: tokens of each text before it."""
@@ -485,11 +484,12 @@ class Engine:
         self.observer.on_finish(ran, sequence.times, outcome)
 
     def _audit(self, sequence: Sequence) -> None:
-        """Tell the auditor of a request that was promised something: one with a threshold of its own was not."""
+        """Tell the auditor of a request that was promised something: one with a threshold of its own was not. One whose
+        gate was never open says nothing."""
         ran, shadow, risk = sequence.ran, sequence.shadow, sequence.gate.risk
         if risk is None:
             return
-        if ran.mode == Mode.ROUTED and ran.tokens:
+        if sequence.opened and ran.tokens:
             self.auditor.observe(ran.class_name, ran.divergent / ran.tokens, risk)
         elif shadow is not None and shadow.judged:
             self.auditor.observe_shadow(ran.class_name, shadow.divergent / shadow.judged, risk)

@@ -109,7 +109,7 @@ class Ran:
         return self.full_seconds / self.seconds if self.full_seconds > 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Update:
     """What one engine step added to a text.
 

@@ -62,7 +62,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Let waiting texts in, in order, while there is a place, and memory for what all that run have yet to read."""
-        owed = sum(map(_owed, self.running))
+        owed = sum(map(_owed, self.running)) if self.waiting else 0
         while self.waiting and len(self.running) < self._options.max_running:
             sequence = self.waiting[0]
             self._reuse(sequence)
@@ -78,9 +78,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step's work, older texts first, with the blocks for it."""
         plan, left = Plan(), self._options.chunk
-        for sequence in list(self.running):
-            if sequence not in self.running:
-                break  # it made room for an older one, and so did all that are younger
+        for sequence in self.running:  # which loses its youngest while they make room for older ones
             if not sequence.prefilling:
                 if self._grow(sequence, sequence.reach(self._options)):
                     plan.decoding.append(sequence)
@@ -96,7 +94,7 @@ class Scheduler:
     def seal(self, sequence: Sequence) -> None:
         """Make those blocks of a text known that the full model has filled."""
         full = sequence.verified // BLOCK
-        if not self._options.prefix_cache or full == sequence.sealed:
+        if full == sequence.sealed or not self._options.prefix_cache:
             return
         keys = sequence.keys(full)
         for i in range(sequence.sealed, full):
@@ -113,7 +111,9 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give a text the blocks for so many tokens, if need be those of the youngest; False if that is itself."""
-        missing = max(0, blocks_for(tokens) - len(sequence.blocks))
+        missing = blocks_for(tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         while (blocks := self.pool.take(missing)) is None:
             youngest = self.running.pop()
             self._take_back(youngest)

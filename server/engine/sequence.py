@@ -48,8 +48,9 @@ class Sequence:
     ids: prompt and continuation. verified: positions whose keys and values the full model wrote, for these very tokens.
     Between steps everything but the last token is verified, or the prompt is still being read. draft: what this step
     drew; the first `emitted` of its tokens are already part of the text, the others are held until the full model has
-    settled them. blocks: those of the cache that it holds, `table` the same as the runner reads it; the first `sealed`
-    of them are filled and known to the pool. constraint: where it is in the grammar that it must follow.
+    settled them. blocks: those of the cache that it holds, `table` the same as the runner reads it, another tensor when
+    they are others; the first `sealed` of them are filled and known to the pool. opened: whether it has drafted with an
+    open gate. constraint: where it is in the grammar that it must follow. sampler: how the next tokens are drawn.
     """
 
     request: Request
@@ -64,13 +65,16 @@ class Sequence:
     shadow: Shadow | None = None
     constraint: Constraint | None = None
     ids: list[int] = field(init=False)
+    sampler: Sampler = field(init=False)
     verified: int = 0
     blocks: list[int] = field(default_factory=list)
     sealed: int = 0
     draft: Draft = _NOTHING
     emitted: int = 0
+    opened: bool = False
     finish: str | None = None
     cancelled: bool = False
+    _penalised: bool = field(init=False)
     _fresh: list[int] = field(default_factory=list)
     _fresh_drafted: list[bool] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -80,6 +84,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt)
+        self.sampler, self._penalised = self._make_sampler(), self.request.params.penalises
 
     @property
     def prefilling(self) -> bool:
@@ -87,9 +92,14 @@ class Sequence:
         return len(self.ids) - self.emitted - self.verified > 1
 
     @property
-    def held(self) -> list[int]:
-        """Drafts that await the full model."""
-        return self.draft.tokens[self.emitted :]
+    def pending(self) -> list[int]:
+        """Tokens that await the full model, the drafts held behind the text among them."""
+        return self.ids[self.verified :] + self.draft.tokens[self.emitted :]
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether something beside the verdict is read from the full model's rows in this step."""
+        return self.request.logprobs is not None or self.reads_prompt
 
     @property
     def most_tokens(self) -> int:
@@ -113,58 +123,67 @@ class Sequence:
         if blocks:
             held = len(self.blocks)
             self.blocks += blocks
+            self.table = self.table.clone()
             self.table[held : len(self.blocks)] = torch.tensor(blocks)
 
     def reach(self, options: Options) -> int:
         """Length of the text with all drafts that the next step may draw."""
-        if self.ran.mode == Mode.FULL:
-            return len(self.ids)
+        length = len(self.ids)
+        if self.ran.mode is Mode.FULL:
+            return length
         # The full model itself adds the last token before the limit.
-        return len(self.ids) + max(0, min(self.most_tokens - len(self.ids) - 1, self.most_drafts(options)))
+        return length + max(0, min(self.most_tokens - length - 1, self.most_drafts(options)))
 
     def most_drafts(self, options: Options) -> int:
         """Drafts of a step at most, had the text no end."""
-        if self.ran.mode == Mode.ROUTED:
-            limits = self.limits(options)
-            return limits.held + (limits.emitted if limits.threshold <= 1 else 0)
-        held = options.max_draft if options.draft_length is None else min(options.max_draft, options.draft_length)
-        if self.request.max_draft is not None:
-            held = min(held, self.request.max_draft)
-        return held
+        held = self._cap(options.max_draft, options)
+        return held + self._cap(self._most_emitted(options), options) if self.emits else held
 
-    def limits(self, options: Options) -> DraftLimits:
-        """Where this step's draft ends."""
-        caps = [limit for limit in (options.draft_length, self.request.max_draft) if limit is not None]
+    def limits(self, options: Options, shut: bool = False) -> DraftLimits:
+        """Where this step's draft ends. shut: all of it is held."""
         # The full model itself adds the last token before the limit.
         room = self.most_tokens - len(self.ids) - 1
-        gated = max(0, min(self.gate.tokens - self.ran.tokens, room))
-        emitted = min([options.run_limit, int(gated), *caps])
-        threshold = self.threshold if self.ran.mode == Mode.ROUTED else math.inf
-        return DraftLimits(min([options.max_draft, *caps]), emitted, room, threshold)
+        held = self._cap(options.max_draft, options)
+        if shut or not self.emits:
+            return DraftLimits(held, 0, room, math.inf)
+        return DraftLimits(held, self._cap(self._most_emitted(options), options), room, self.threshold)
+
+    def _most_emitted(self, options: Options) -> int:
+        """The longest run of tokens that the gate would let through from here on."""
+        return int(min(options.run_limit, self.gate.tokens - self.ran.tokens))
+
+    def _cap(self, most: int, options: Options) -> int:
+        """`most`, or less where engine or request say so."""
+        for limit in (options.draft_length, self.request.max_draft):
+            if limit is not None and limit < most:
+                most = limit
+        return most
 
     @property
     def threshold(self) -> float:
-        """The confidence from which the next token may be emitted unverified; infinite where none may."""
+        """The confidence from which the gate lets the next token be emitted unverified; infinite where none may."""
         return self.gate.threshold if self.ran.tokens < self.gate.tokens else math.inf
 
-    def sampler(self, back: int = 0) -> Sampler:
-        """How the next tokens are drawn, or those from `back` tokens ago."""
-        params, prompt, end = self.request.params, self.request.prompt, len(self.ids) - back
-        history = self.ids[len(prompt) : end] if params.penalises else []
-        before = prompt if params.repetition_penalty != 1 else []
-        barred_until = len(prompt) + self.request.min_tokens
-        if self.constraint is not None:
-            allowed = self.constraint.allowed
-            return Sampler(params, self.noise, end, history, before, allowed=allowed)
-        barred = sorted(self.stop_ids) if end < barred_until else []
-        return Sampler(params, self.noise, end, history, before, barred, barred_until)
+    @property
+    def emits(self) -> bool:
+        """Whether the next token may be emitted unverified."""
+        return self.ran.mode is Mode.ROUTED and self.threshold <= 1
 
-    def book(self, draft: Draft) -> None:
+    def _make_sampler(self) -> Sampler:
+        params, prompt = self.request.params, self.request.prompt
+        before = prompt if params.repetition_penalty != 1 else ()
+        if self.constraint is not None:
+            return Sampler(params, self.noise, len(prompt), [], before, allowed=self.constraint.allowed)
+        barred = sorted(self.stop_ids) if self.request.min_tokens else ()
+        return Sampler(params, self.noise, len(prompt), [], before, barred, len(prompt) + self.request.min_tokens)
+
+    def book(self, draft: Draft, shut: bool = False) -> None:
         """Take over a step's draft: in `routed` its sure tokens become part of the text at once, up to the first that
-        is not sure or would end the text. That one and all after it are held."""
+        is not sure or would end the text. That one and all after it are held, and everything if the gate is shut."""
         self.draft, self.emitted, threshold = draft, 0, self.threshold
-        if self.ran.mode != Mode.ROUTED:
+        if shut or not self.emits:
             return
+        self.opened = True
         for token, confidence in zip(draft.tokens, draft.confidence, strict=True):
             if confidence < threshold or self._ends(token):
                 break
@@ -172,11 +191,9 @@ class Sequence:
             self.ran.unverified += 1
             self.append(token, drafted=True)
 
-    def take_draft(self) -> tuple[Draft, int]:
-        """The step's draft and how many of it were emitted, for settling: nothing of it is left."""
-        draft, emitted = self.draft, self.emitted
+    def clear_draft(self) -> None:
+        """Forget the step's draft, which was settled."""
         self.draft, self.emitted = _NOTHING, 0
-        return draft, emitted
 
     def _ends(self, token: int) -> bool:
         """Whether `token`, were it next, would end the text by itself."""
@@ -198,18 +215,24 @@ class Sequence:
         Raises:
             Refused: the text must follow a grammar that allows nothing here.
         """
-        if self.constraint is not None and not self.constraint.append(token):
-            message = f"the grammar allows nothing behind {self.ran.tokens} tokens of the text"
-            raise Refused(message, self.constraint.grammar.param)
+        ran, ended = self.ran, False
+        if self.constraint is not None:
+            if not self.constraint.append(token):
+                message = f"the grammar allows nothing behind {ran.tokens} tokens of the text"
+                raise Refused(message, self.constraint.grammar.param)
+            ended = self.constraint.complete
         self.ids.append(token)
-        self._logprobs += [] if logprob is None else [logprob]
+        self.sampler.position += 1
+        if self._penalised:
+            self.sampler.history.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
         self._fresh.append(token)
         self._fresh_drafted.append(drafted)
-        self.ran.tokens += 1
-        ended = self.constraint is not None and self.constraint.complete
+        ran.tokens += 1
         if token in self.stop_ids or self.text.push(token) or ended:
             self.finish = "stop"
-        elif self.ran.tokens == self.request.max_tokens:
+        elif ran.tokens == self.request.max_tokens:
             self.finish = "length"
 
     def take_update(self) -> Update | None:

@@ -9,102 +9,74 @@ from torch import Tensor
 from server.engine.logprobs import read_logprobs
 from server.engine.request import Mode
 from server.engine.sequence import Sequence
-from strace.draft import Draft, Held
-from strace.runner import Runner
-from strace.sampling import Sampler, total_variation
+from strace.draft import Draft, Held, Verdict
 
 
 @dataclass(slots=True)
 class Settling:
-    """A text between the full pass and the verdict on what it holds.
-
-    shares: of each emitted draft, how much the full model would have accepted. raw: its rows before they were shaped,
-    if log-probabilities are asked for. unseen: divergence of what the gate would have emitted.
-    """
+    """A text between the full pass and the verdict on its drafts. raw: its rows before they were shaped, if
+    log-probabilities are asked for."""
 
     draft: Draft
-    shares: list[float]
-    raw: Tensor | None
-    unseen: list[float]
     held: Held
+    raw: Tensor | None
 
 
-def audit(sequence: Sequence, logits: Tensor, row: int, runner: Runner) -> Settling:
-    """Compare what was emitted with the full model's choices, and leave what is held to `Runner.verify`.
+def prepare(sequence: Sequence, row: int, logits: Tensor | None = None) -> Settling:
+    """A text's drafts as the full model shall judge them: what was emitted is audited, what is held is settled.
 
-    logits: the full model's, float32 [R, V]; from `row` on those before each of the step's drafts and after the last.
-    What was emitted has its rows overwritten.
+    row: of the full model's logits, the one before the first draft. logits: float32 [R, V], where log-probabilities are
+    asked for.
     """
-    draft, emitted = sequence.take_draft()
-    first, end = row + emitted, row + len(draft.tokens) + 1
-    raw = None if sequence.request.logprobs is None else logits[first:end].clone()
-    unseen = [] if sequence.shadow is None else _watch_gate(sequence, draft, logits[row:end].clone(), runner)
-    if not emitted:
-        return Settling(draft, [], raw, unseen, Held(first, draft.tokens, draft.q, sequence.sampler()))
-    divergences = _diverge(draft, emitted, logits[row:first], sequence.sampler(back=emitted), runner)
-    sequence.ran.divergent += sum(divergences)
-    q = None if draft.q is None else draft.q[emitted:]
-    held = Held(first, draft.tokens[emitted:], q, sequence.sampler())
-    return Settling(draft, [1 - divergence for divergence in divergences], raw, unseen, held)
+    draft, emitted, sampler = sequence.draft, sequence.emitted, sequence.sampler
+    raw = None
+    if logits is not None and sequence.request.logprobs is not None:
+        raw = logits[row + emitted : row + len(draft.tokens) + 1].clone()
+    audited = emitted if sequence.shadow is None else _count_sure(sequence, draft)
+    first = sampler.before(emitted) if emitted else sampler
+    return Settling(draft, Held(row, draft.tokens, draft.q, first, emitted, audited), raw)
 
 
-def settle(sequence: Sequence, settling: Settling, tokens: list[int]) -> list[tuple[float, float]]:
-    """Bring a text to its next fully verified state.
-
-    tokens: those held that stand, and one of the full model's own. Everything behind a token that ends the text is
-    discarded.
+def settle(sequence: Sequence, settling: Settling, verdict: Verdict) -> list[tuple[float, float]]:
+    """Bring a text to its next fully verified state. Everything behind a token that ends the text is discarded.
 
     Returns per draft that the full model judged its confidence and the share of it that was accepted, 0 to 1.
     """
     if sequence.request.max_tokens == 0:
         sequence.finish, sequence.verified = "length", len(sequence.ids) - 1
         return []
-    draft, held, accepted = settling.draft, settling.held.tokens, len(tokens) - 1
-    shares = settling.shares + [1.0] * accepted + [0.0] * (accepted < len(held))
-    if sequence.shadow is not None:
-        sequence.shadow.judged += min(accepted + 1, len(held))
-        sequence.shadow.divergent += sum(settling.unseen[: accepted + 1])
-    _account(sequence, draft, len(settling.shares), accepted)
-    count, raw = sequence.request.logprobs, settling.raw
-    logprobs = [None] * len(tokens) if raw is None else read_logprobs(raw, tokens, count or 0)
-    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-        sequence.append(token, drafted=i < accepted, logprob=logprob)
+    tokens = verdict.tokens[settling.held.emitted :]
+    accepted = len(tokens) - 1
+    judged = _account(sequence, settling, accepted, verdict.divergences) if settling.draft.tokens else []
+    logprobs = None if settling.raw is None else read_logprobs(settling.raw, tokens, sequence.request.logprobs or 0)
+    for i, token in enumerate(tokens):
+        sequence.append(token, i < accepted, None if logprobs is None else logprobs[i])
         if sequence.finish:
             break
     # Accepted drafts went through the pass as they stand; the last token, or what cut the text, need not have.
     sequence.verified = len(sequence.ids) - 1
-    return list(zip(draft.confidence, shares, strict=False))
+    return judged
 
 
-def _diverge(draft: Draft, count: int, logits: Tensor, sampler: Sampler, runner: Runner) -> list[float]:
-    """Per token of the first `count` of a draft: is it other than the full model's choice after the same text?
-
-    Without a seed a draw has no counterpart to compare with; its expected divergence, the total variation, stands for
-    it. sampler: of the first draft. logits: float32 [>= count, V], overwritten.
-    """
-    tokens = draft.tokens[:count]
-    if not tokens:
-        return []
-    if draft.q is None or sampler.noise.shared:
-        chosen = runner.verify(logits, [Held(i, [], None, sampler.after(tokens[:i])) for i in range(count)])
-        return [float(token != choice) for token, (choice,) in zip(tokens, chosen, strict=True)]
-    p = runner.process(logits[:count], tokens[:-1], sampler)
-    divergences: list[float] = total_variation(p, draft.q[:count]).tolist()
-    return divergences
-
-
-def _watch_gate(sequence: Sequence, draft: Draft, logits: Tensor, runner: Runner) -> list[float]:
-    """`_diverge` of the drafts that `routed` would have emitted, were it allowed."""
+def _count_sure(sequence: Sequence, draft: Draft) -> int:
+    """How many drafts `routed` would have emitted, were it allowed."""
     drawn = zip(draft.tokens, draft.confidence, strict=True)
     sure = [confidence >= sequence.threshold and token not in sequence.stop_ids for token, confidence in drawn]
-    count = sure.index(False) if False in sure else len(sure)
-    return _diverge(draft, count, logits, sequence.sampler(), runner)
+    return sure.index(False) if False in sure else len(sure)
 
 
-def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> None:
-    if not draft.tokens:
-        return
-    ran, standing = sequence.ran, emitted + accepted
+def _account(
+    sequence: Sequence, settling: Settling, accepted: int, divergences: list[float]
+) -> list[tuple[float, float]]:
+    """Book a draft, of which nothing is left; gives what `settle` does. accepted: of what was held."""
+    draft, emitted = settling.draft, settling.held.emitted
+    held, ran, standing = len(draft.tokens) - emitted, sequence.ran, emitted + accepted
+    sequence.clear_draft()
+    if sequence.shadow is None:
+        ran.divergent += sum(divergences)
+    else:
+        sequence.shadow.judged += min(accepted + 1, held)
+        sequence.shadow.divergent += sum(divergences)
     ran.drafts += 1
     ran.drafted += len(draft.tokens)
     ran.accepted += standing
@@ -113,3 +85,5 @@ def _account(sequence: Sequence, draft: Draft, emitted: int, accepted: int) -> N
         ran.accepted_at[i] += 1
     unsure = ran.mode == Mode.ROUTED and emitted < len(draft.tokens)
     ran.fallbacks += int(unsure or standing < len(draft.tokens))
+    shares = [1 - divergence for divergence in divergences[:emitted]] + [1.0] * accepted + [0.0] * (accepted < held)
+    return list(zip(draft.confidence, shares, strict=False))

@@ -27,17 +27,21 @@ class Calibration:
         # Lists: a step judges single entries, for which an array takes several times as long.
         self._accepted = [_PRIOR * _WEIGHT] * (_BINS + 1)
         self._judged = [_WEIGHT] * (_BINS + 1)
+        self._shares: np.ndarray | None = None
 
     def judge(self, confidence: float, accepted: float) -> None:
         """Learn one outcome; the last entry is over all confidences."""
         for entry in (find_bin(confidence, _BINS), _BINS):
             self._accepted[entry] = _MEMORY * self._accepted[entry] + accepted
             self._judged[entry] = _MEMORY * self._judged[entry] + 1
+        self._shares = None
 
     @property
     def acceptance(self) -> np.ndarray:
         """float64 [bins + 1]: a_hat of a draft by its confidence; the last of one not yet drawn."""
-        return np.array(self._accepted) / self._judged
+        if self._shares is None:
+            self._shares = np.array(self._accepted) / self._judged
+        return self._shares
 
 
 class Speculation:

@@ -38,9 +38,13 @@ class Text:
 
     def push(self, token: int) -> bool:
         """Add one token; True when it completed a stop string, which with all after it is then cut off."""
-        known = len(self._held)
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        piece = self._stream.step(self._tokenizer, token) or ""
         self._least -= 1
+        if not self._stop:
+            self._shown += piece
+            return False
+        known = len(self._held)
+        self._held += piece
         # What was complete before may have been passed over, so only what this token completes counts.
         found = [start for stop in self._stop if (start := self._held.find(stop, max(0, known - len(stop) + 1))) >= 0]
         found = found if self._least < 0 else []

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI = 4
+ABI = 6
 FORMATS = {"fp32": 1, "bf16": 2, "int8": 3, "int4": 4}
 NORMS = {"rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_pytorch_tanh": 3}
@@ -158,7 +158,10 @@ class Sampler(Structure):
 class Held(Structure):
     """`st_held`."""
 
-    _fields_ = [("row", c_int32), ("count", c_int32), ("drafts", c_void_p), ("q", c_void_p)]
+    _fields_ = [
+        *((name, c_int32) for name in ("row", "count", "emitted", "audited")),
+        *((name, c_void_p) for name in ("drafts", "q", "divergences")),
+    ]
 
 
 class Limits(Structure):
@@ -209,6 +212,21 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "st_uniform": (None, [c_uint64, c_int64, c_int32, c_int32, c_void_p]),
     "st_process": (c_int32, [c_void_p, c_void_p, c_int32, c_void_p, c_int32, POINTER(Sampler)]),
+    "st_verify_pass": (
+        c_int32,
+        [
+            c_void_p,
+            c_int32,
+            POINTER(Batch),
+            POINTER(c_int32),
+            c_int32,
+            c_int32,
+            POINTER(Held),
+            POINTER(Sampler),
+            c_void_p,
+            c_void_p,
+        ],
+    ),
     "st_verify": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, POINTER(Held), POINTER(Sampler), c_void_p, c_void_p]),
 }
 

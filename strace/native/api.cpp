@@ -64,6 +64,21 @@ int32_t st_forward(st_runner *runner, int32_t number, const st_batch *batch, con
   });
 }
 
+int32_t st_verify_pass(st_runner *runner, int32_t number, const st_batch *batch, const int32_t *rows, int32_t row_count,
+                       int32_t texts, const st_held *held, const st_sampler *samplers, int32_t *standing, int64_t *tokens) {
+  return guarded(-1, [&] {
+    const st_graph_description &shape = find_graph(*runner, number).shape;
+    require(!shape.token_ids, "a short head verifies nothing");
+    require(row_count >= 0, "a negative number of rows");
+    for (int t = 0; t < texts; ++t)
+      require(held[t].row >= 0 && held[t].count >= 0 && held[t].row + held[t].count < row_count, "a text's rows are missing");
+    const size_t width = shape.head.rows;
+    float *logits = runner->workspace.judged.reserve<float>(row_count * width);
+    if (st_forward(runner, number, batch, rows, row_count, logits, nullptr) < 0) return -1;
+    return st_verify(runner, logits, shape.head.rows, texts, held, samplers, standing, tokens);
+  });
+}
+
 int32_t st_multiply(st_runner *runner, const st_matrix *matrix, const float *x, int32_t tokens, float *y) {
   return guarded(-1, [&] {
     require(matrix->format >= ST_FP32 && matrix->format <= ST_INT4 && matrix->rows > 0 && matrix->columns > 0 && tokens > 0,

@@ -80,6 +80,7 @@ struct Workspace {
   Tile tile;
   std::vector<int> places;  // the tile's tokens that logits are wanted of
   Buffer stream, activations, first, second, mixed, logits;
+  Buffer judged;                 // logits of the rows of st_verify_pass
   std::vector<Scratch> scratch;  // one per thread
 };
 

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define ST_ABI 4 /* raised whenever a struct or a signature changes */
+#define ST_ABI 6 /* raised whenever a struct or a signature changes */
 
 /* fp32 and bf16 take activations of their own precision; int8 and int4 take int8 activations, one float32 scale per 32
  * (scale = max |x| / 127, round half to even). All accumulate in float32 (int8 products exactly, in int32, per 32). */
@@ -169,22 +169,27 @@ int32_t st_draft(st_runner *runner, int32_t graph, const st_batch *batch, const 
 
 /* The first `count` random numbers of a token's position and purpose (strace/sampling.py), for tests. */
 void st_uniform(uint64_t key, int64_t position, int32_t purpose, int32_t count, double *numbers);
-/* Logits [rows, vocabulary] of successive positions -> the distributions that tokens are drawn from, in place; drafts
- * [rows - 1] lie between them. */
+/* Logits [rows, vocabulary] of successive positions -> the distributions that tokens are drawn from, in place, for tests;
+ * drafts [rows - 1] lie between them. */
 int32_t st_process(st_runner *runner, float *logits, int32_t rows, const int64_t *drafts, int32_t vocabulary,
                    const st_sampler *sampler);
 /* One text's drafts [count] for the full model to judge. row: of the logits, the one before the first draft; `count` more
- * follow it. q [count, vocabulary], NULL: greedy. */
+ * follow it. q [count, vocabulary], NULL: greedy. The first `emitted` of them stand whatever it says. divergences
+ * [audited]: set for the first drafts, up to the first that falls. */
 typedef struct {
-  int32_t row, count;
+  int32_t row, count, emitted, audited;
   const int64_t *drafts;
   const float *q;
+  float *divergences;
 } st_held;
 
 /* Settle the drafts of many texts: logits [rows, vocabulary] of the full model, overwritten. Per text, how many of its
  * drafts stand, and the full model's token after them. */
 int32_t st_verify(st_runner *runner, float *logits, int32_t vocabulary, int32_t texts, const st_held *held,
                   const st_sampler *samplers, int32_t *standing, int64_t *tokens);
+/* `st_forward` of a graph that has a row for every id, and `st_verify` of its rows, which nobody else gets to see. */
+int32_t st_verify_pass(st_runner *runner, int32_t graph, const st_batch *batch, const int32_t *rows, int32_t row_count,
+                       int32_t texts, const st_held *held, const st_sampler *samplers, int32_t *standing, int64_t *tokens);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -281,6 +281,18 @@ void leave_residual(const Row &p, const float *q) {
   if (sum(excess, p.count) > 0) std::copy(excess, excess + p.count, p.values);
 }
 
+// Of two distributions.
+float total_variation(const float *p, const float *q, int count) {
+  float lanes[LANES] = {};
+  int i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] += std::abs(p[i + l] - q[i + l]);
+  for (; i < count; ++i) lanes[0] += std::abs(p[i] - q[i]);
+  float total = 0;
+  for (float lane : lanes) total += lane;
+  return total / 2;
+}
+
 // How many of a text's drafts stand, and the token after them. rows: the full model's, before each draft and after the
 // last; overwritten.
 int judge(const st_held &held, float *rows, int vocabulary, const st_sampler &sampler, int64_t *token) {
@@ -290,15 +302,19 @@ int judge(const st_held &held, float *rows, int vocabulary, const st_sampler &sa
     const int64_t position = sampler.position + i;
     restrict(p, sampler, {held.drafts, i}, vocabulary);
     shape(p, sampler, {held.drafts, i});
-    Purpose purpose = Purpose::TOKEN;
     if (i < held.count && held.q && !sampler.shared) {
-      if (stands(p.values[held.drafts[i]], held.q[offset + held.drafts[i]], sampler, position)) continue;
-      leave_residual(p, held.q + offset);
-      purpose = Purpose::RESIDUAL;
+      const float *q = held.q + offset;
+      if (i < held.audited) held.divergences[i] = total_variation(p.values, q, vocabulary);
+      if (i < held.emitted || stands(p.values[held.drafts[i]], q[held.drafts[i]], sampler, position)) continue;
+      leave_residual(p, q);
+      *token = draw(p, sampler, position, Purpose::RESIDUAL);
+      return i;
     }
-    *token = draw(p, sampler, position, purpose);
     // Greedily and with shared noise a draft stands where it is the full model's own token.
-    if (purpose == Purpose::RESIDUAL || i == held.count || *token != held.drafts[i]) return i;
+    *token = draw(p, sampler, position, Purpose::TOKEN);
+    const bool same = i < held.count && *token == held.drafts[i];
+    if (i < held.audited) held.divergences[i] = !same;
+    if (!same && i >= held.emitted) return i;
   }
 }
 

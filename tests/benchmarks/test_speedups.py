@@ -13,7 +13,7 @@ from predicted import Run, Steps
 
 from server.engine.request import Mode, Ran
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
-from strace.draft import TIMING, Held
+from strace.draft import TIMING, Held, Verdict
 from strace.keep import slice_decoder
 from strace.search import StepCosts
 from tests.tiny import save_tiny
@@ -22,13 +22,14 @@ STEPS = Steps(0.3, {1: 1.0, 9: 1.8}, own_plain=0.0, own_drafting=0.0)
 
 
 def test_acceptance_is_of_drafts_whose_predecessors_stood() -> None:
-    verdicts = [[[1, 2, 3, 9], [1, 9]], [[9]]]
-    runner = SimpleNamespace(verify=lambda logits, held: verdicts.pop(0), name="native")
+    verdicts = [[Verdict([1, 2, 3, 9], []), Verdict([1, 9], [])], [Verdict([9], [])]]
+    judge = lambda *_: verdicts.pop(0)  # noqa: E731
+    runner = SimpleNamespace(verify=judge, verify_pass=judge, name="native")
     judging = speedups.Judging(runner)  # type: ignore[arg-type]
     held = Held(0, [1, 2, 3], None, TIMING)
     assert judging.name == "native"
     judging.verify(None, [held, held])  # type: ignore[arg-type]
-    judging.verify(None, [held])  # type: ignore[arg-type]
+    judging.verify_pass(None, [0], [held])  # type: ignore[arg-type]
     assert judging.take() == [2 / 3, 1 / 2, 1 / 1]
     assert judging.take() == []
 

@@ -44,7 +44,14 @@ HISTOGRAMS = [
     "request_queue_time_seconds",
 ]
 GAUGES = ["requests_running", "requests_waiting", "kv_cache_usage_ratio", "info"]
-VERDICTS = ["guard_state", "guard_speedup_ratio", "guard_baseline_age_seconds", "auditor_tripped"]
+VERDICTS = [
+    "guard_state",
+    "guard_speedup_ratio",
+    "gate_state",
+    "gate_speedup_ratio",
+    "guard_baseline_age_seconds",
+    "auditor_tripped",
+]
 GAUGES += [*VERDICTS, "auditor_evidence_ratio"]
 RAN = Ran(
     Mode.ROUTED,

@@ -17,7 +17,6 @@ from strace.claims import (
     Check,
     Claim,
     Evidence,
-    Growth,
     compare_growths,
     compare_later,
     densities,
@@ -26,11 +25,9 @@ from strace.claims import (
     judge_early_layers,
     judge_later_attention,
     judge_unigrams,
-    measure_growth,
-    read_growth,
-    stack_growth,
 )
 from strace.figures import load_study
+from strace.growth import Growth, measure_growth, read_growth, stack_growth
 from strace.importance import draw_weights, weigh_edges
 from strace.metrics import Doubles, Estimate, draw_bootstrap
 from tests.tiny import save_tiny

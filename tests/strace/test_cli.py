@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from strace import cli, trace
 from strace.classifier import read_classifier
 from strace.cli import app
+from strace.costs import dump_table
 from strace.keep import Plan
+from strace.measure import predict_speedup
 from strace.overview import draw_layers
 from strace.search import StepCosts
 from strace.subgraph import read_manifest
+from tests.strace.test_search import make_table
 from tests.strace.test_trace import write_prompts
 from tests.tiny import save_tiny
 
@@ -47,6 +50,25 @@ def test_inspect_shows_what_was_traced(folder: Path) -> None:
     manifest = read_manifest(folder / "digits")
     for shown in ("digits", "pooled", f"{manifest.measured.bytes_share:.3f}", *draw_layers(manifest)):
         assert shown in result.output
+
+
+def test_another_machines_costs_project_what_was_traced(folder: Path, tmp_path: Path) -> None:
+    model, prompts, table = str(folder.parent / "model"), str(folder.parent / "prompts"), tmp_path / "other.json"
+    args = ["trace", model, "--prompts", prompts, "-o", str(folder), "--size", "0.25", "--classes", "digits"]
+    table.write_text(dump_table(make_table((0.0, 0.5), {"pooled": 0.3})))
+    result = runner.invoke(app, [*args, "--costs", str(table)])
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(folder / "digits")
+    [record] = [each for each in manifest.candidates if each.plan == manifest.plan]
+    elsewhere, _ = predict_speedup(record.accepted, 0.5 * record.bytes_share, {1: 1.0, 9: 1.5})
+    told = f"digits: {record.plan.name}: speedup {elsewhere:.2f} projected to another, 8 threads"
+    assert told in result.output
+    assert f"{record.speedup:.2f} predicted here" in result.output
+    for content in (None, "{}"):
+        table.unlink() if content is None else table.write_text(content)
+        result = runner.invoke(app, [*args, "--costs", str(table)])
+        assert result.exit_code == 1
+        assert f"cannot read the costs {table}" in result.output
 
 
 def test_a_labelled_file_is_traced_and_a_log_by_what_it_holds(

@@ -37,7 +37,7 @@ from strace.costs import (
     save_table,
     text_limit,
 )
-from strace.draft import Draft, DraftPlan, Held
+from strace.draft import Draft, DraftPlan, Held, Verdict
 from strace.graphs import RUNNERS, make_runner
 from strace.kv import Batch, KVCache, make_cache
 from strace.runner import FULL, Runner, TorchRunner
@@ -90,10 +90,10 @@ class Timed:
         self.now += 0.03 * steps
         return [Draft([0] * steps, [1.0] * steps, None) for _ in batch.counts]
 
-    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[list[int]]:
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
         self.judged += [(text.row, len(text.tokens)) for text in held]
         self.now += 0.002 * len(logits)
-        return [[*text.tokens, 0] for text in held]
+        return [Verdict([*text.tokens, 0], []) for text in held]
 
 
 CASES = [Case(1, 1, 60), Case(1, 8, 60), Case(4, 1, 60)]

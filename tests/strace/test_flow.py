@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from strace import flow
 from strace.checkpoint import load_decoder, open_checkpoint
 from strace.decoder import Decoder, DenseAttend
 from strace.edges import layer_edges
@@ -38,6 +39,19 @@ def test_padding_and_batching_change_nothing(full: Decoder) -> None:
     apart = [measure_flow(full, batch_texts([text])) for text in texts(30, 17)]
     torch.testing.assert_close(together.groups, apart[0].groups + apart[1].groups, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.neurons, apart[0].neurons + apart[1].neurons, rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_texts_go_at_once_as_their_streams_have_room(full: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, seen, embedded = measure_flow(full, batch_texts(texts(30, 17, 22))), list[int](), full.embedded
+    monkeypatch.setattr(full, "embedded", lambda *about: seen.append(len(about[0])) or embedded(*about))
+    for room, most in ((0, 1), (2 * 3 * 30 * 64 * 4, 2)):
+        monkeypatch.setattr(flow, "STREAMS", room)
+        few = measure_flow(full, batch_texts(texts(30, 17, 22)))
+        assert max(seen) == most * 30
+        torch.testing.assert_close(few.groups, together.groups, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(few.neurons, together.neurons, rtol=1e-4, atol=1e-5)
+        assert few.targets == together.targets
+        seen.clear()
 
 
 def test_scores_are_the_sums_over_edges(full: Decoder) -> None:

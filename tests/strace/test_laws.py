@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strace import native, sampling
-from strace.graphs import make_runner
-from strace.runner import FULL, Runner
+from strace.runner import FULL
 from strace.sampling import Noise, Sampler, SamplingParams
-from tests.strace.native.passes import load_tiny
+from tests.strace.native.passes import load_tiny, make_native
 
 V = 12
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=V, max_size=V)
@@ -38,10 +37,14 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+Shape = Callable[[Tensor, list[int], Sampler], Tensor]
+
+
 @cache
-def runners() -> list[Runner]:
-    kinds = ["torch", "native"] if native.available() else ["torch"]
-    return [make_runner({FULL: load_tiny()}, 1, kind) for kind in kinds]
+def shapes() -> list[Shape]:
+    """How each runner shapes logits, float32 [R, V], into distributions."""
+    native_runner = [make_native({FULL: load_tiny()}, 1)] if native.available() else []
+    return [lambda logits, drafts, sampler: sampler.process(logits, drafts), *(each.process for each in native_runner)]
 
 
 def make_sampler(chosen: dict[str, Any]) -> Sampler:
@@ -76,8 +79,8 @@ def test_every_parameter_alone_and_with_each_other(name: str, data: st.DataObjec
     sampler = make_sampler({each: data.draw(st.sampled_from(VALUES[each]), each) for each in sorted(names)})
     full, draft = (torch.tensor([data.draw(LOGITS, which)]) for which in ("full", "draft"))
     draft[:, list(data.draw(st.sets(st.integers(0, V - 2), max_size=V), "left out of the head"))] = -torch.inf
-    for runner in runners():
-        p, q = (runner.process(logits.clone(), [], sampler)[0] for logits in (full, draft))
+    for shape in shapes():
+        p, q = (shape(logits.clone(), [], sampler)[0] for logits in (full, draft))
         assert float(p.sum()) == pytest.approx(1, abs=1e-6)
         assert (output_law(p, q) - p.double()).abs().max() <= 1e-6
         if "min_tokens" in names and sampler.barred_until > POSITION:

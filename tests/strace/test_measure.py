@@ -8,8 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from strace import measure
+from strace.blocks import RecordAttend
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
+from strace.decoder import Attention
 from strace.head import measure_mass
 from strace.keep import Kept, slice_decoder
 from strace.measure import compare, measure_acceptance, predict_speedup
@@ -38,6 +42,20 @@ def test_a_short_head_accepts_no_more_than_it_covers(tmp_path: Path) -> None:
     acceptance = measure_acceptance(full, short, [batch])
     # Without other errors TV is exactly the mass left out; depths differ in how many positions they hold.
     assert sum(acceptance.accepted) / 8 == pytest.approx(covered, abs=0.03)
+
+
+def test_entries_of_one_layer_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    class Counted(RecordAttend):
+        def __call__(self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            held.append(len(self.entries))
+            return super().__call__(layer, attention, q, k, v)
+
+    monkeypatch.setattr(measure, "RecordAttend", Counted)
+    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path))), "fp32")
+    measure_acceptance(full, full, batch_texts([random_tokens(20).tolist()]))
+    assert held == [0] * 3
 
 
 @given(st.integers(0, 1000))

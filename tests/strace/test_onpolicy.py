@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strace import onpolicy
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.decoder import Decoder
+from strace.head import cut_head
 from strace.onpolicy import (
     Continuation,
     Positions,
@@ -20,10 +23,12 @@ from strace.onpolicy import (
     conditional_acceptance,
     continue_prompts,
     count_cache,
+    measure_heads,
     measure_positions,
     share_agreeing,
 )
 from strace.runner import FULL
+from strace.texts import batch_texts
 from tests.tiny import make_runner, random_tokens, save_tiny
 
 
@@ -55,6 +60,22 @@ def test_a_continuation_ends_at_a_stop_id(full: Decoder) -> None:
         written = longer.ids[longer.given :]
         ends = written.index(stop) + 1 if stop in written else 12
         assert text.ids[text.given :] == written[:ends]
+
+
+def test_heads_measured_together_do_as_each_alone(full: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onpolicy, "batch_texts", partial(batch_texts, tokens=60))  # more than one batch
+    written = [
+        Continuation(s, [*ids, *random_tokens(20, seed=9).tolist()], len(ids), t)
+        for s, ids in PROMPTS
+        for t in (0.0, 1.0)
+    ]
+    rounded = quantise_decoder(full, "int4")
+    some = [cut_head(rounded, ids) for ids in (None, torch.arange(0, 300, 3), torch.arange(200))]
+    together = measure_heads(full, some, written, seed=3)
+    for each, table in zip(some, together, strict=True):
+        alone = measure_positions(full, each, written, seed=3)
+        for field in fields(Positions):
+            np.testing.assert_array_equal(getattr(table, field.name), getattr(alone, field.name))
 
 
 def test_blocks_begin_behind_the_prompt_and_the_table_survives_the_disk(full: Decoder, tmp_path: Path) -> None:

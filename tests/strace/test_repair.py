@@ -18,7 +18,18 @@ from strace.keep import Kept, Plan, keep_units, slice_decoder
 from strace.kv import Batch
 from strace.linear import quantise
 from strace.measure import block_streams
-from strace.repair import March, Moments, Repair, fit_output, repair, round_second_order
+from strace.repair import (
+    March,
+    Moments,
+    Repair,
+    Twins,
+    as_dense,
+    factor,
+    fit_input,
+    fit_output,
+    repair,
+    round_second_order,
+)
 from strace.runner import FULL
 from strace.texts import Texts, batch_texts
 from tests.tiny import KINDS, make_runner, random_tokens, save_tiny, scatter_blocks
@@ -153,7 +164,7 @@ def test_second_order_rounding_errs_less_on_its_inputs_than_plain(seed: int) -> 
     moments = moments_of(x, torch.zeros(512, 0))
     wanted = x @ weight.T
     plain = (x @ quantise(weight, "int4").dense().T - wanted).square().sum()
-    second = (x @ round_second_order(weight.double(), moments.inputs).dense().T - wanted).square().sum()
+    second = (x @ round_second_order(weight.double(), factor(moments.inputs)).dense().T - wanted).square().sum()
     assert second < 0.7 * plain
 
 
@@ -186,3 +197,44 @@ def test_a_fit_that_does_not_hold_apart_is_not_taken() -> None:
     few, many = moments_of(x[:40], x[:40] @ weight.T + noise), moments_of(x[40:], x[40:] @ weight.T)
     fitted, _ = fit_output(weight, few, many, "bf16")
     torch.testing.assert_close(fitted, weight.double())
+
+
+def twins_of(own: Tensor, full: Tensor) -> Twins:
+    twins = Twins(own.shape[1], torch.device("cpu"))
+    for part in range(2):
+        twins.add(own[part::2], full[part::2])
+    return twins
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1000), st.sampled_from(["int8", "int4"]))
+def test_a_fitted_input_gives_more_of_what_the_full_stream_would(seed: int, format: str) -> None:
+    full, weight = correlated(1200, seed)
+    g = torch.Generator().manual_seed(seed)
+    # What the own stream lacks can be told from the rest of it: the full inputs are correlated.
+    own = full * (torch.rand(64, generator=g) > 0.3) + 0.05 * torch.randn(full.shape, generator=g)
+    fitted = fit_input(weight, twins_of(own[:800], full[:800]), twins_of(own[800:1000], full[800:1000]), format)
+    wanted = full[1000:] @ weight.T
+    plain = (own[1000:] @ quantise(weight, format).dense().T - wanted).square().sum()
+    assert (own[1000:] @ as_dense(fitted).T - wanted).square().sum() < 0.7 * plain
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1000))
+def test_an_input_fit_that_does_not_hold_apart_is_not_taken(seed: int) -> None:
+    full, weight = correlated(400, seed)
+    few = torch.randn(40, 64, generator=torch.Generator().manual_seed(seed))
+    fitted = fit_input(weight, twins_of(full[:40], 30 * few), twins_of(full[40:], full[40:]), "int8")
+    torch.testing.assert_close(fitted.dense(), quantise(weight, "int8").dense())
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1000))
+def test_errors_from_twins_differ_as_those_of_the_rows(seed: int) -> None:
+    full, weight = correlated(300, seed)
+    own = full + torch.randn(full.shape, generator=torch.Generator().manual_seed(seed))
+    twins = twins_of(own, full)
+    direct = [float((own @ (scale * weight).T - full @ weight.T).double().square().sum()) for scale in (0.9, 0.7)]
+    assert twins.error(0.9 * weight, weight) - twins.error(0.7 * weight, weight) == pytest.approx(
+        direct[0] - direct[1], rel=1e-3
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_every_class_and_pooled_get_a_folder_that_loads(traced: Traced) -> None:
     checkpoint = open_checkpoint(options.model)
     full = load_decoder(checkpoint)
     graphs = load_subgraphs(options.output, checkpoint, full)
-    assert sorted(graphs) == sorted(made)
+    assert "pooled" in graphs
+    assert sorted(graphs) == sorted(name for name, manifest in made.items() if manifest.pays)
     assert Classifier.load(options.output).choose(checkpoint.tokenizer.encode("0123 4560 1234")) == "digits"
     texts = batch_texts([random_tokens(40, seed=s).tolist() for s in range(3)])
     for name, graph in graphs.items():
@@ -198,6 +200,42 @@ def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeyp
     assert sorted(load_drafts(checkpoint, full, tmp_path)) == ["pooled"]
 
 
+def test_a_class_that_does_not_surely_gain_over_pooled_is_drafted_for_by_it(traced: Traced) -> None:
+    _, made = traced
+    pooled = made["pooled"]
+    assert pooled.beside is None
+    for name in ("digits", "letters"):
+        beside, record = made[name].beside, made[name].candidates[0].model_copy(update={"speedup": 2.0})
+        assert beside.pooled == pooled.tensors_hash
+        assert beside.sources == made[name].data["report"].sources
+        low, high = beside.interval
+        assert low <= beside.gain <= high
+        assert made[name].pays == (low > 0)
+        assert not pipeline.judge(record, [record], beside.model_copy(update={"interval": (1, 1), "sources": 1}))[0]
+        assert f"{beside.gain:+.2f}" in made[name].why
+        for interval, pays in (((0.01, 0.2), True), ((0.0, 0.2), False), ((-0.2, -0.1), False)):
+            judged, why = pipeline.judge(record, [record], beside.model_copy(update={"interval": interval}))
+            assert judged == pays
+            assert why.startswith("no subgraph: ") != pays
+            assert why.endswith("which serves as well") != pays
+
+
+def test_another_pooled_is_compared_anew(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, made = traced
+    shutil.copytree(options.output, tmp_path / "out")
+    asked, said = replace(options, output=tmp_path / "out"), []
+    pooled = read_manifest(asked.output / "pooled")
+    stored.save_manifest(asked.output / "pooled", pooled.model_copy(update={"recipe": "another"}))
+    stale = made["digits"].beside.model_copy(update={"pooled": "another"})
+    doubted = made["digits"].model_copy(update={"beside": stale, "pays": not made["digits"].pays})
+    stored.save_manifest(asked.output / "digits", doubted)
+    again = trace(asked, said.append)
+    assert sorted(again) == ["digits", "pooled"]
+    assert again["digits"] == made["digits"]
+    assert read_manifest(asked.output / "digits") == made["digits"]
+    assert "letters: finished before" in said
+
+
 def test_where_plain_rounding_is_best_there_is_no_subgraph(traced: Traced) -> None:
     record = traced[1]["digits"].candidates[0].model_copy(update={"speedup": 2.0})
     plain = record.model_copy(update={"plan": replace(record.plan, repaired=False), "speedup": 2.1})
@@ -313,7 +351,7 @@ def test_a_disk_that_fills_up_leaves_what_was_done(
         read_manifest(asked.output / name)
     said.clear()
     again = trace(asked, said.append, shares.append)
-    assert sorted([*again, *finished]) == sorted(made)
+    assert {*again, *finished} == {*made}  # what was finished is compared with pooled again
     assert {name: m.tensors_hash for name, m in again.items()} == {name: made[name].tensors_hash for name in again}
     assert len(repaired) > 1
     assert not set(repaired[:-1]) & set(said)

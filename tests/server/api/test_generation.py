@@ -7,15 +7,25 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.types import Message, Receive, Send
 
 from server.api import generation as module
-from server.api.generation import Generation, Mailbox, event_stream
-from server.api.protocol import Health, Reply
+from server.api.generation import Generation, Mailbox, Template, event_stream
+from server.api.protocol import ChatChunk, ChunkChoice, Delta, Health, Reply
 from server.engine.request import Request
 from server.metrics import Metrics
 from strace.sampling import SamplingParams
 from tests.server.api.fake import FakeEngine
+
+
+@given(st.text())
+def test_a_template_writes_what_the_chunk_itself_does(text: str) -> None:
+    def make(content: str) -> ChatChunk:
+        return ChatChunk(id="x", created=1, model='a "b"', choices=[ChunkChoice(index=0, delta=Delta(content=content))])
+
+    assert Template(make).fill(text) == make(text).model_dump_json()
 
 
 async def stream(engine: FakeEngine, receive: Receive, send: Send) -> None:

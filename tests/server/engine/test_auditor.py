@@ -10,11 +10,13 @@ import pytest
 
 from server.engine.auditor import ALPHA, Auditor, Evidence, judge_breach, judge_recovery
 from server.engine.engine import Engine
+from server.engine.guard import Guard
 from server.engine.options import Options
 from server.engine.request import Mode, Request
 from strace.graphs import make_runner
+from strace.runner import FULL
 from strace.sampling import SamplingParams
-from tests.server.engine.harness import decode, decode_full, graphs, make_engine, make_request
+from tests.server.engine.harness import FixedCost, decode, decode_full, graphs, make_engine, make_request
 from tests.server.engine.test_risk import FirstToken
 from tests.strace.test_certificate import make_certificate
 
@@ -200,3 +202,16 @@ def test_what_was_not_promised_is_not_audited() -> None:
     engine.auditor = spy = Spy(None)
     decode(engine, replace(request, threshold=0.5), replace(request, mode=Mode.EXACT), replace(request, mode=Mode.FULL))
     assert not spy.losses
+
+
+@pytest.mark.parametrize("shut", [True, False])
+def test_a_text_whose_gate_was_never_open_says_nothing(monkeypatch: pytest.MonkeyPatch, shut: bool) -> None:
+    """The guard shuts it for the time it costs; texts without loss must not hide what others lose."""
+    engine, request = start()
+    guard = Guard(FixedCost().table(FULL))
+    monkeypatch.setattr(guard, "_shuts", lambda trust: shut)
+    engine.guard = engine.cycle.guard = guard
+    engine.auditor = spy = Spy(None)
+    (got,) = decode(engine, request)
+    assert got.ran.drafted
+    assert bool(spy.losses) != shut

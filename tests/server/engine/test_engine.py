@@ -22,7 +22,7 @@ from strace.draft import Draft, DraftPlan
 from strace.graphs import make_runner as run_graphs
 from strace.kv import BLOCK, Batch
 from strace.native import NativeError
-from strace.runner import FULL
+from strace.runner import FULL, Runner
 from tests.server.engine.harness import (
     VOCABULARY,
     FixedCost,
@@ -269,14 +269,14 @@ def test_a_receiver_that_fails_gives_up_only_its_own() -> None:
     assert engine.stats().blocks_used == 0
 
 
-class Failing:
+class Failing(Runner):
     """A runner whose full pass, or draft, number `when` fails."""
 
     def __init__(self, when: int, error: Exception | None = None, drafting: bool = False) -> None:
         self.inner, self.left, self.drafting = make_runner(), when, drafting
         self.error = error or ValueError("no sense")
         self.cache = self.inner.cache
-        self.process, self.verify = self.inner.process, self.inner.verify
+        self.verify = self.inner.verify
 
     def count(self, drafting: bool) -> None:
         self.left -= drafting == self.drafting

@@ -21,7 +21,7 @@ from server.engine.cost import CostModel
 from server.engine.engine import Engine, StepFailed
 from server.engine.options import Options
 from server.engine.request import Mode, Overloaded, Request, Unavailable, Update
-from strace.draft import Draft, DraftPlan, Held
+from strace.draft import Draft, DraftPlan, Held, Verdict
 from strace.kv import BLOCK, Batch
 from strace.runner import FULL, TorchRunner
 from strace.sampling import Noise, Sampler, SamplingParams, verify
@@ -91,7 +91,7 @@ class Memory(TorchRunner):
         self.reach("draft")
         return super().draft(graph, batch, plan)
 
-    def verify(self, logits: Tensor, held: list[Held]) -> list[list[int]]:
+    def verify(self, logits: Tensor, held: list[Held]) -> list[Verdict]:
         self.reach("verify")
         return super().verify(logits, held)
 
@@ -166,7 +166,8 @@ class Load(RuleBasedStateMachine):
         prompt = [*beginning[:shared], *own] or [1]
         params = SamplingParams(temperature=0.0 if seed is None else 1.0, seed=seed)
         request = Request(str(len(self.readers)), prompt, params, max_tokens, mode=mode, class_name=graph)
-        request = replace(request, logprobs=0, prompt_logprobs=prompt_logprobs, threshold=0.2)
+        logprobs = 0 if prompt_logprobs else None  # with which nothing is routed
+        request = replace(request, logprobs=logprobs, prompt_logprobs=prompt_logprobs, threshold=0.2)
         reader = Reader(request, self.runner)
         try:
             reader.handle = self.engine.submit(request, reader.receive)

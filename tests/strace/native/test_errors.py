@@ -12,10 +12,12 @@ import torch
 
 from strace import native
 from strace.decoder import Decoder
+from strace.draft import Held
 from strace.kv import Batch, make_cache
 from strace.native import NativeError
 from strace.native_runner import NativeRunner
 from strace.runner import FULL
+from strace.sampling import Noise, Sampler, SamplingParams
 from tests.strace.native.passes import CONTEXT, cut, load_tiny, make_batch, make_native
 
 GOOD = make_batch([3, 2], [10, 40])
@@ -71,6 +73,13 @@ def test_a_graph_that_cannot_be_run_is_refused(change: Callable[[Decoder], Decod
     full = load_tiny()
     with pytest.raises(NativeError, match=message):
         make_native({FULL: full, "bad": change(full)})
+
+
+@pytest.mark.parametrize(("row", "drafts"), [(-1, []), (1, []), (0, [5])])
+def test_a_verdict_on_rows_that_are_not_there_is_refused(row: int, drafts: list[int]) -> None:
+    held = Held(row, drafts, None, Sampler(SamplingParams(0.0), Noise(0, shared=False), 0))
+    with pytest.raises(NativeError, match="rows are missing"):
+        make_native({FULL: load_tiny()}).verify_pass(GOOD, [0], [held])
 
 
 @pytest.mark.parametrize("threads", [-1, 100_000])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -30,10 +31,11 @@ def runner() -> NativeRunner:
 
 def multiply(weight: Tensor | Codes, bias: Tensor | None, x: Tensor, threads: int = 1) -> Tensor:
     """float32 [tokens, rows], by the library, of weights packed by so many threads."""
-    weights = Weights([weight], threads)
     rows = (weight.codes if isinstance(weight, Codes) else weight).shape[0]
     y = torch.full((len(x), rows), torch.nan)
-    matrix = weights.matrix(weight, bias)
+    with ThreadPoolExecutor(threads) as pool:
+        weights = Weights(pool)
+        matrix = weights.matrix(weight, bias)
     native.check(native.load().st_multiply(runner()._handle, matrix, x.data_ptr(), len(x), y.data_ptr()))
     return y
 

@@ -18,8 +18,8 @@ from strace import native
 from strace.draft import Held
 from strace.native_runner import NativeRunner
 from strace.runner import FULL
-from strace.sampling import Noise, Purpose, Sampler, SamplingParams, draw_draft, draw_token, process, verify
-from tests.strace.native.passes import load_tiny, make_native
+from strace.sampling import Noise, Purpose, Sampler, SamplingParams, audit, draw_draft, draw_token, process, verify
+from tests.strace.native.passes import load_tiny, make_batch, make_native
 
 SUSPICION = 1e-4
 
@@ -105,15 +105,22 @@ def test_rows_of_no_number_do_no_harm() -> None:
     logits = torch.full((1, 300), torch.nan)
     for params in (SamplingParams(0.0), SamplingParams(top_k=3, top_p=0.5), SamplingParams()):
         sampler = Sampler(params, Noise(0, shared=True), 0)
-        assert 0 <= runner().verify(logits.clone(), [Held(0, [], None, sampler)])[0][0] < 300
+        assert 0 <= runner().verify(logits.clone(), [Held(0, [], None, sampler)])[0].tokens[0] < 300
 
 
 @settings(max_examples=300, derandomize=True)
-@given(parameters(), st.integers(0, 4), st.integers(0, 10_000), st.booleans(), st.sampled_from([0.0, 0.3, 3.0]))
-def test_a_block_is_settled_as_by_the_reference(
-    params: SamplingParams, drafts: int, seed: int, shared: bool, apart: float
+@given(
+    parameters(),
+    st.lists(st.integers(0, 4), min_size=3, max_size=3).map(sorted),
+    st.integers(0, 10_000),
+    st.booleans(),
+    st.sampled_from([0.0, 0.3, 3.0]),
+)
+def test_a_block_is_settled_and_audited_as_by_the_reference(
+    params: SamplingParams, counts: list[int], seed: int, shared: bool, apart: float
 ) -> None:
-    """apart: how far the draft's logits are from the full model's."""
+    """counts: tokens emitted, audited, drafted. apart: how far the draft's logits are from the full model's."""
+    emitted, audited, drafts = counts
     logits = make_logits(drafts + 1, 300, seed, False, False)
     near = logits + apart * make_logits(drafts + 1, 300, seed + 1, False, False)
     sampler = Sampler(params, Noise(seed, shared), seed, [1, 2, 2])
@@ -123,8 +130,58 @@ def test_a_block_is_settled_as_by_the_reference(
         rows.append(sampler.process(near[: i + 1], tokens)[i])
         tokens.append(draw_draft(rows[i], sampler.noise, sampler.position + i))
     q = torch.stack(rows) if rows and not sampler.greedy else None
-    expected = verify(sampler.process(logits, tokens), q, tokens, sampler.noise, sampler.position)
-    assert runner().verify(logits.clone(), [Held(0, tokens, q, sampler)]) == [expected]
+    p = sampler.process(logits, tokens)
+    expected = verify(p, q, tokens, sampler.noise, sampler.position, emitted)
+    divergences = audit(p, q, tokens[: min(audited, len(expected))], sampler.noise, sampler.position)
+    held = Held(0, tokens, q, sampler, emitted, audited)
+    # A text before and one behind: what is told of one must not be another's.
+    first, got, last = runner().verify(torch.cat([logits[:1], logits, logits[:1]]), [
+        Held(0, [], None, sampler), replace(held, row=1), Held(len(logits) + 1, [], None, sampler)
+    ])  # fmt: skip
+    assert got.tokens == expected
+    assert got.divergences == pytest.approx(divergences, abs=1e-5)
+    assert first == last
+    assert not first.divergences
+
+
+@settings(max_examples=50, derandomize=True)
+@given(
+    st.lists(st.tuples(parameters(), st.integers(0, 3), st.booleans()), min_size=1, max_size=5), st.integers(0, 10_000)
+)
+def test_a_pass_and_its_verdict_in_one_call_are_those_of_two(
+    texts: list[tuple[SamplingParams, int, bool]], seed: int
+) -> None:
+    """Also behind a text of whose rows none is wanted."""
+    counts = [3, *(count + 1 for _, count, _ in texts)]
+    batch = make_batch(counts, [0] * len(counts), seed)
+    held, rows, end = [], list[int](), 3
+    for number, (params, count, seeded) in enumerate(texts):
+        drafts = batch.tokens[end + 1 : end + 1 + count].tolist()
+        q = make_logits(count, 300, seed + number, False, False).softmax(1) if count and params.temperature else None
+        sampler = Sampler(params, Noise(seed, seeded), 1, [1, 2], [3])
+        held.append(Held(len(rows), drafts, q, sampler))
+        rows += range(end, end + count + 1)
+        end += count + 1
+    expected = runner().verify(runner().forward(FULL, batch, rows), held)
+    assert runner().verify_pass(batch, rows, held) == expected
+    assert runner().verify_pass(batch, [], []) == []
+
+
+@settings(max_examples=50, derandomize=True)
+@given(st.lists(parameters(), min_size=1, max_size=4), st.integers(0, 10_000))
+def test_samplers_that_go_with_their_texts_are_as_made_anew(shapes: list[SamplingParams], seed: int) -> None:
+    """What the runner keeps of a sampler must follow its position and history, and others that take its place."""
+    going = [Sampler(params, Noise(seed, shared=False), 2, [], [5], [7], 4) for params in shapes]
+    for step in range(4):
+        logits = make_logits(len(going), 300, seed + step, False, False)
+        anew = [Sampler(s.params, s.noise, s.position, [*s.history], s.prompt, s.barred, s.barred_until) for s in going]
+        expected = runner().verify(logits.clone(), [Held(i, [], None, sampler) for i, sampler in enumerate(anew)])
+        got = runner().verify(logits.clone(), [Held(i, [], None, sampler) for i, sampler in enumerate(going)])
+        assert got == expected
+        for sampler, (token,) in zip(going, got, strict=True):
+            sampler.position += 1
+            sampler.history.append(token)
+        going = going[-1:] + going[:-1]
 
 
 def test_blocks_follow_the_full_models_law() -> None:
@@ -139,7 +196,7 @@ def test_blocks_follow_the_full_models_law() -> None:
         second = draw_draft(subgraph[first], noise, 1)
         rows = [4, first, second]
         held = Held(0, rows[1:], subgraph[rows[:2]], Sampler(SamplingParams(), noise, 0))
-        (emitted,) = runner().verify(logits[rows], [held])
+        ((emitted, _),) = runner().verify(logits[rows], [held])
         if len(emitted) == 1:  # the next block begins with a plain draw
             emitted.append(draw_token(full[emitted[0]], noise, 1))
         counts[emitted[0], emitted[1]] += 1
