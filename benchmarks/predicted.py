@@ -3,7 +3,7 @@
 On texts that nothing was fitted on, chosen by or tuned on (`benchmarks/unused`). Drafts are of one fixed length k here,
 because only then a cycle's length does not hang on what was drawn. Predicted: 1 + sum of prod a_i, with the acceptance
 on the model's own text that the subgraph's manifest holds; k draft steps and a pass over k + 1 tokens with its verdicts
-at the costs measured just before, at the context that the texts have, and what the engine takes itself in such a step,
+at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in such a step,
 learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they had; intervals
 are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends drafts; `full` is
 run in turn with it, and with --beside the subgraphs of another folder are.
@@ -31,9 +31,10 @@ from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request
-from strace.costs import draw_curve, draw_verifying, list_cases, measure_costs, text_limit
+from strace.costs import Cost, draw_curve, draw_verifying, list_cases, measure_costs, text_limit
 from strace.graphs import choose_folder
 from strace.measure import predict_speedup
+from strace.runner import FULL
 from strace.sampling import SamplingParams
 from strace.subgraph import read_manifest
 
@@ -70,11 +71,19 @@ class Steps:
         return predict_speedup(accepted, self.draft / self.plain, v)
 
 
-def time_steps(engine: Engine, graph: str, context: float, own: tuple[float, float]) -> Steps:
-    """What steps with drafts by `graph` cost now; the engine holds no text. own: see `Steps`."""
+def time_steps(engine: Engine, graph: str, context: float) -> list[Cost]:
+    """What passes with drafts by `graph` cost now, near a context; the engine holds no text. Medians: the lower quartile
+    that the engine starts from is of quieter moments than a whole text sees."""
     cases = list_cases(text_limit(engine.runner), CONTEXTS, (1,), LENGTHS)
-    costs, at = measure_costs(engine.runner, [graph], cases, ROUNDS), round(context)
-    return Steps(draw_curve(costs, graph, at)[1], draw_verifying(costs, at), *own)
+    costs, at = measure_costs(engine.runner, [graph], cases, ROUNDS, quantile=0.5), round(context)
+    drafts = [Cost(graph, 1, 1, at, draw_curve(costs, graph, at)[1])]
+    return drafts + [Cost(FULL, 1, n, at, seconds) for n, seconds in draw_verifying(costs, at).items()]
+
+
+def make_steps(before: Sequence[Cost], after: Sequence[Cost], own: tuple[float, float]) -> Steps:
+    """The mean of two timings, one on each side of what they predict. own: see `Steps`."""
+    draft, *full = ((a.tokens, (a.seconds + b.seconds) / 2) for a, b in zip(before, after, strict=True))
+    return Steps(draft[1], dict(full), *own)
 
 
 def predict_tokens(accepted: Sequence[float], length: float) -> float:
@@ -180,8 +189,9 @@ def main() -> None:
         trial = run_in_turn(contestants, prompts[:WARMUP], name, arguments.temperature, arguments.tokens)
         own = served.cost.own(1, drafting=False), fixed.cost.own(1, drafting=True)
         context = np.mean([len(prompt) for prompt in prompts]) + np.mean([run.tokens for run in trial["fixed"]]) / 2
-        steps = time_steps(fixed, name, float(context), own)
+        before = time_steps(fixed, name, float(context))
         runs = run_in_turn(contestants, prompts, name, arguments.temperature, arguments.tokens)
+        steps = make_steps(before, time_steps(fixed, name, float(context)), own)
         row: dict[str, Any] = {"class": name, "n": len(prompts)}
         row |= {each: round(rate(runs[each]) / rate(runs["full"]), 3) for each in contestants if each != "full"}
         measured = read_manifest(folder / name).measured

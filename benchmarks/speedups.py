@@ -4,7 +4,7 @@ Per class and temperature, for drafts by the class's subgraph and by the whole m
 - realised: tokens per second of decoding over those of our own `full`, on the same prompts; drafts end by the rule of
   expected gain.
 - predicted: the best `S = E / (k c + v(k + 1))` over k, with a_i as judged in drafts of always 8 tokens on these
-  prompts, and with c, v and the engine's own time per step as measured just before.
+  prompts, and with c, v and the engine's own time per step as measured just before and after.
 - projected, per larger shape: the same a_i and own time with that shape's measured costs. Such a model was not traced:
   its subgraph is taken to keep the same shares of neurons, key/value groups and head rows in the same format, and to be
   accepted as often. A step's cost is a line through five sizes timed once (strace/search.py).
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from machine import describe, finish, read_prompts, require_idle, show
 from modes import CLASSES, cut_prompt
-from predicted import WARMUP, Run, Steps, run_in_turn, time_steps
+from predicted import WARMUP, Run, Steps, make_steps, run_in_turn, time_steps
 from shapes import SHAPES, write_shape
 from torch import Tensor
 
@@ -41,6 +41,7 @@ from server.engine.options import Options
 from server.engine.request import Mode
 from strace.checkpoint import load_decoder, open_checkpoint, resolve
 from strace.classes import POOLED
+from strace.costs import Cost
 from strace.draft import Held, Verdict
 from strace.families import Spec
 from strace.files import cache_folder, write_beside
@@ -165,19 +166,24 @@ class Contest:
         """Rows by draft, and the steps they were predicted by under the key `steps`."""
         trial = run_in_turn(self.contestants, prompts[:WARMUP], name, temperature, tokens)
         context = np.mean([len(prompt) for prompt in prompts]) + np.mean([run.tokens for run in trial[FULL]]) / 2
-        steps = {}
-        for draft, engine in self.fixed.items():
-            own = self.engines[SUBGRAPH].cost.own(1, drafting=False), engine.cost.own(1, drafting=True)
-            graph = name if name in engine.classes else POOLED
-            steps[draft] = time_steps(engine, graph, float(context), own)
-            self.judging[draft].take()
+        before = self._time(name, float(context))
         runs = run_in_turn(self.contestants, prompts, name, temperature, tokens)
-        rows = {}
+        accepted = {draft: judging.take() for draft, judging in self.judging.items()}
+        after, rows = self._time(name, float(context)), {}
         for draft in self.engines:
-            accepted = self.judging[draft].take()
-            row = describe_draft(accepted, steps[draft], runs[draft], runs[FULL])
-            rows[draft] = row | {"accepted": accepted, "steps": steps[draft]}
+            own = self.engines[SUBGRAPH].cost.own(1, drafting=False), self.fixed[draft].cost.own(1, drafting=True)
+            steps = make_steps(before[draft], after[draft], own)
+            row = describe_draft(accepted[draft], steps, runs[draft], runs[FULL])
+            rows[draft] = row | {"accepted": accepted[draft], "steps": steps}
         return rows
+
+    def _time(self, name: str, context: float) -> dict[str, list[Cost]]:
+        """What passes cost now, by draft. Its verdicts are not counted."""
+        graphs = {draft: name if name in engine.classes else POOLED for draft, engine in self.fixed.items()}
+        costs = {draft: time_steps(self.fixed[draft], graph, context) for draft, graph in graphs.items()}
+        for judging in self.judging.values():
+            judging.take()
+        return costs
 
 
 def mean(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from rich.text import Text
 from strace.checkpoint import EMBEDDED
 from strace.controls import UNITS
 from strace.costs import (
+    SETTLE,
     TYPICAL,
     CostTable,
     count_blocks,
@@ -283,7 +284,8 @@ def _tabulate_full(table: CostTable) -> Table:
 
 def _tabulate_drafts(table: CostTable) -> Table:
     """ms of every draft step, and c, over the full step of the same texts."""
-    seconds = {(c.graph, c.context, c.sequences): c.seconds for c in table.costs if c.tokens == 1}
+    passes = [cost for cost in table.costs if cost.tokens == 1 and cost.graph != SETTLE]
+    seconds = {(c.graph, c.context, c.sequences): c.seconds for c in passes}
     texts = sorted({sequences for _, _, sequences in seconds})
     shown = _make_table("Draft step, ms and c, by texts", "graph", "after", *map(str, texts))
     for graph, context in sorted({(graph, context) for graph, context, _ in seconds if graph != FULL}):

@@ -156,6 +156,7 @@ def measure_costs(
     watch: Callable[[float], None] = lambda share: None,
     clock: Callable[[], float] = time.perf_counter,
     meter: ReadMeter | None = None,
+    quantile: float = _QUANTILE,
 ) -> list[Cost]:
     """Time `cases` in the alternation of serving: a few steps of one of the `drafts` (at least one), then one full
     pass, whose drafts are judged. A pass over one token of each text follows another such, as it does where nobody
@@ -165,6 +166,7 @@ def measure_costs(
     rounds are taken, because it only ever adds time. Writes over the cache's first blocks: nothing may be stored there
     yet. rounds: default `ROUNDS`. budget: seconds after which no round is begun once there were two.
     meter: takes a sample in each round, so that bytes/s of passes and of memory are of the same minutes.
+    quantile: of the times over the rounds.
     """
     _fill(runner.cache, count_blocks(cases))
     samples: dict[tuple[str, Case], list[float]] = defaultdict(list)
@@ -179,8 +181,8 @@ def measure_costs(
             watch((turn + (number + 1) / len(cases)) / (rounds + 1))
         if meter is not None:
             meter.sample()
-    quantile = {key: float(np.quantile(times, _QUANTILE, method="lower")) for key, times in samples.items()}
-    return [Cost(graph, *case, seconds) for (graph, case), seconds in quantile.items()]
+    taken = {key: float(np.quantile(times, quantile, method="lower")) for key, times in samples.items()}
+    return [Cost(graph, *case, seconds) for (graph, case), seconds in taken.items()]
 
 
 def _time_cycles(

@@ -10,6 +10,8 @@ import predicted
 import pytest
 
 from server.engine.request import Mode, Ran
+from strace.costs import Cost
+from strace.runner import FULL
 
 BENCHMARKS = Path(predicted.__file__).parent
 
@@ -23,6 +25,13 @@ def test_a_cycle_is_its_drafts_and_one_pass() -> None:
     assert steps.plain == pytest.approx(1.1)
     assert steps.cycle(3) == pytest.approx(0.9 + 1.6 + 0.2)
     assert steps.cycle(1.5) == pytest.approx(0.45 + 1.3 + 0.2)
+
+
+def test_steps_are_timed_on_both_sides() -> None:
+    def costs(scale: float) -> list[Cost]:
+        return [Cost("code", 1, 1, 64, 0.1 * scale), *(Cost(FULL, 1, n, 64, n * scale) for n in (1, 4))]
+
+    assert predicted.make_steps(costs(1.0), costs(3.0), (0.5, 0.7)) == predicted.Steps(0.2, {1: 2.0, 4: 8.0}, 0.5, 0.7)
 
 
 def test_what_was_predicted_stands_beside_what_happened() -> None:
