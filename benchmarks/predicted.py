@@ -3,9 +3,9 @@
 On texts that nothing was fitted on, chosen by or tuned on (`benchmarks/unused`). Drafts are of one fixed length k here,
 because only then a cycle's length does not hang on what was drawn. Predicted: 1 + sum of prod a_i, with the acceptance
 on the model's own text that the subgraph's manifest holds; k draft steps and a pass over k + 1 tokens with its verdicts
-at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in such a step,
-learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they had; intervals
-are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends drafts; `full` is
+at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in
+such a step, learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they
+had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends drafts; `full` is
 run in turn with it, and with --beside the subgraphs of another folder are.
 
 Examples:
@@ -72,8 +72,8 @@ class Steps:
 
 
 def time_steps(engine: Engine, graph: str, context: float) -> list[Cost]:
-    """What passes with drafts by `graph` cost now, near a context; the engine holds no text. Medians: the lower quartile
-    that the engine starts from is of quieter moments than a whole text sees."""
+    """What passes with drafts by `graph` cost now, near a context; the engine holds no text. Medians: the lower
+    quartile that the engine starts from is of quieter moments than a whole text sees."""
     cases = list_cases(text_limit(engine.runner), CONTEXTS, (1,), LENGTHS)
     costs, at = measure_costs(engine.runner, [graph], cases, ROUNDS, quantile=0.5), round(context)
     drafts = [Cost(graph, 1, 1, at, draw_curve(costs, graph, at)[1])]
