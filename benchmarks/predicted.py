@@ -5,8 +5,8 @@ because only then a cycle's length does not hang on what was drawn. Predicted: 1
 on the model's own text that the subgraph's manifest holds; k draft steps and a pass over k + 1 tokens with its verdicts
 at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in
 such a step, learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they
-had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends drafts; `full` is
-run in turn with it, and with --beside the subgraphs of another folder are.
+had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends
+drafts; `full` is run in turn with it, and with --beside the subgraphs of another folder are.
 
 Examples:
   python benchmarks/predicted.py
