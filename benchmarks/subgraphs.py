@@ -3,13 +3,14 @@
 For each class and each share of the full model's bf16 bytes per step (all weights, scales, biases and head rows; no
 KV): the share of next tokens accepted at temperature 1 (1 - TV) and the agreement of the arg max, in draft blocks of 8
 over the full model's cache. Fitted and chosen on the prompts that are shipped for tracing, reported on
-`benchmarks/prompts`. No times are measured, so other load on the machine does no harm. It goes on where it was cut off.
+`benchmarks/prompts`. No times are measured, so other load on the machine does no harm. It goes on where it was cut off,
+and several processes may share a state (one for some classes each, say; the last one prints the table of all).
 All classes together are fitted on as many tokens as one: they are also what classes with shuffled labels would be. What
 a method loses against ours comes with a bootstrap interval (95 %, sources drawn within each class).
 
 | method | what |
 |---|---|
-| ours | the best of several heads (chosen on texts apart), units by `refit`, second-order rounding and repair |
+| ours | the best of several heads (chosen on texts apart), units by `refit`, fitted and rounded second-order |
 | no repair | the same units and head, plainly rounded |
 | flow, uniform, random, magnitude, wanda, first | the same head and repair, units scored otherwise (strace.controls) |
 | pooled, other | ours of all classes together; ours of another class |
@@ -62,9 +63,9 @@ from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 CLASSES = ("chat", "code", "facts", "math", "stories")
 SIZES = (0.125, 0.25, 0.5, 1 / 3)
 SMALL = 0.2  # below this share of the bytes a long head would leave no neurons
-CONTROLS = ("wanda", "first", "uniform", "random", "magnitude", "flow")
-OF_CLASS = ("pooled", "pooled units", "pooled repair", "other", "other units", "other repair")
-OTHERS = ("no repair", *OF_CLASS, *CONTROLS)
+CONTROLS = ("flow", "wanda", "magnitude", "uniform", "random", "first")
+OF_CLASS = ("pooled repair", "pooled units", "other repair", "other units")
+OTHERS = ("pooled", "other", *CONTROLS, *OF_CLASS, "no repair")
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 METHODS = ("ours", *WHOLE, *OTHERS)
 DRAWS = 2000  # of the bootstrap
@@ -225,20 +226,28 @@ def round_plainly(weight: Tensor, bits: int) -> Tensor:
 
 
 class Results:
-    """Rows measured so far, kept on disk after each."""
+    """Rows measured so far, a file each, so that several processes may share a state."""
 
     def __init__(self, state: Path) -> None:
-        self.path = state / "results.json"
-        self.rows: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.folder = state / "rows"
+        self.folder.mkdir(exist_ok=True)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, by class, method and size."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
 
     def add(self, name: str, method: str, size: float, measure: Callable[[], tuple[Counts, float, str]]) -> None:
         """Measure unless it was."""
-        key = {"prompts": name, "method": method, "size": round(size, 3)}
-        if any(key.items() <= row.items() for row in self.rows):
+        path = self.folder / f"{name}-{method.replace(' ', '-')}-{size:.3f}.json"
+        if path.exists():
             return
         counts, share, plan = measure()
         accepted, agreed, positions = (sum(column) for column in zip(*counts.values(), strict=True))
-        row = key | {
+        row = {
+            "prompts": name,
+            "method": method,
+            "size": round(size, 3),
             "bytes": round(share, 4),
             "accepted": round(accepted / positions, 4),
             "agreement": round(agreed / positions, 4),
@@ -246,8 +255,7 @@ class Results:
             "plan": plan,
             "sources": {source: [round(x, 2) for x in sums] for source, sums in counts.items()},
         }
-        self.rows.append(row)
-        write_beside(self.path, json.dumps(self.rows))
+        write_beside(path, json.dumps(row))
         print(f"{name} {method} at {size:.3f}: {row['bytes']} accepted {row['accepted']} ({plan})", flush=True)
 
 
@@ -307,7 +315,7 @@ def make_method(method: str, name: str, size: float, traced: dict[str, Traced]) 
     own, classes = traced[name], [each for each in traced if each != POOLED]
     if method == "ours":
         return own.ours(size)
-    if method in OF_CLASS:
+    if method in ("pooled", "other", *OF_CLASS):
         whose, _, what = method.partition(" ")
         other = traced[POOLED if whose == "pooled" else classes[classes.index(name) - 1]]
         if not what:
@@ -324,7 +332,7 @@ def list_cells(
     """Method, class and size, the most telling first: cut off anywhere, the run has whole rows of the table."""
     cells = [("ours", name, size) for size in sizes for name in classes]
     cells += [(method, name, 1.0) for method in WHOLE for name in classes]
-    cells += [(method, name, size) for size in sizes for method in OTHERS for name in classes]
+    cells += [(method, name, size) for method in OTHERS for size in sizes for name in classes]
     alone = len(classes) == 1
     return [cell for cell in cells if cell[0] in methods and not (alone and cell[0].startswith("other"))]
 

@@ -124,6 +124,9 @@ class Layer:
         return part.device
 
 
+Ropes = tuple[Tensor, Tensor]
+
+
 class Attend(Protocol):
     """Mixes values: q [N, H, D], k and v [N, K, D] after rope -> [N, H, D]."""
 
@@ -153,7 +156,8 @@ class Decoder:
 
     `position_embed` holds learned positions, float32 [context, hidden]. `token_ids` maps the rows of a short head to
     the vocabulary (None: all rows, in order). `coverage` is the share of the full model's probability that falls on
-    those rows, by which a short head's confidence is corrected.
+    those rows, by which a short head's confidence is corrected. `ropes`: cos and signed sin [rope tables, context,
+    rotary_dim], made where none are given, and shared by all that is cut from the model: a long context has large ones.
     """
 
     spec: Spec
@@ -166,16 +170,21 @@ class Decoder:
     token_ids: Tensor | None = None
     coverage: float = 1.0
     devices: list[torch.device] = field(default_factory=list)
+    ropes: Ropes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self._activate = _ACTIVATIONS[self.spec.activation]
+        if self.ropes is None:
+            self.ropes = self._make_ropes()
+
+    def _make_ropes(self) -> Ropes:
         tables = self.spec.inverse_frequencies
         frequencies = torch.stack(tables) if tables else torch.empty(0, 0)
         half = torch.arange(self.spec.context).float()[:, None] * frequencies[:, None]
         scaling = torch.tensor(self.spec.rope_scalings)[:, None, None]
         cos, sin = half.cos() * scaling, half.sin() * scaling
-        self._cos = torch.cat([cos, cos], -1).to(self.embed.device)
-        self._sin = torch.cat([-sin, sin], -1).to(self.embed.device)
-        self._activate = _ACTIVATIONS[self.spec.activation]
+        device = self.embed.device
+        return torch.cat([cos, cos], -1).to(device), torch.cat([-sin, sin], -1).to(device)
 
     @property
     def bytes_per_step(self) -> int:
@@ -191,7 +200,9 @@ class Decoder:
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin [rope tables, N, 1, rotary_dim] at int64 positions [N]."""
-        return self._cos[:, positions, None], self._sin[:, positions, None]
+        assert self.ropes is not None, "made with the decoder"
+        cos, signed_sin = self.ropes
+        return cos[:, positions, None], signed_sin[:, positions, None]
 
     def attention(
         self, l: int, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, tap: Tap = see

@@ -9,7 +9,7 @@ import torch
 
 from strace.decoder import Layer
 
-ROOM = 1 << 28  # bytes of layers that stay
+ROOM = 1 << 27  # bytes of layers that stay
 
 
 class Layers(Sequence[Layer]):

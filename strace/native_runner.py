@@ -50,6 +50,7 @@ class Weights:
         self._slabs: list[mmap.mmap] = []
         self._free = range(0)  # addresses of the last slab
         self._packed: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # a dead one's place is another's soon
+        self._ropes: MutableMapping[Tensor, list[native.Rope]] = WeakTensorKeyDictionary()
         self._kept: list[Tensor] = []
 
     def matrix(self, weight: Tensor | Codes, bias: Tensor | None = None) -> native.Matrix:
@@ -84,6 +85,15 @@ class Weights:
             return native.Norm()
         weight, bias = self.keep(norm.weight, torch.float32), self.keep(norm.bias, torch.float32)
         return native.Norm(native.NORMS[norm.kind], len(norm.weight), weight, bias)
+
+    def ropes(self, decoder: Decoder) -> list[native.Rope]:
+        """The rope tables of a graph, those of a model and its subgraphs once."""
+        assert decoder.ropes is not None
+        first, *_ = decoder.ropes
+        if first not in self._ropes:
+            tables = zip(*decoder.ropes, strict=True)
+            self._ropes[first] = [native.Rope(*(self.keep(t, torch.float32) for t in pair)) for pair in tables]
+        return self._ropes[first]
 
     def keep(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
         """The address of a copy that lives as long as this does."""
@@ -155,14 +165,6 @@ def _mlp(part: MLP | None, weights: Weights) -> native.MLP:
     )
 
 
-def _ropes(decoder: Decoder, weights: Weights) -> list[native.Rope]:
-    cos, signed_sin = decoder.rotation(torch.arange(decoder.spec.context))
-    return [
-        native.Rope(weights.keep(c, torch.float32), weights.keep(s, torch.float32))
-        for c, s in zip(cos, signed_sin, strict=True)
-    ]
-
-
 def _describe_graph(decoder: Decoder, weights: Weights) -> tuple[native.GraphDescription, Decoder]:
     """A graph as C sees it, and its outline. Its layers are read once, one after the other."""
     spec = decoder.spec
@@ -171,7 +173,7 @@ def _describe_graph(decoder: Decoder, weights: Weights) -> tuple[native.GraphDes
     for layer in decoder.layers:
         layers.append(native.Layer(_attention(layer.attention, weights), _mlp(layer.mlp, weights)))
         outlines.append(_outline_layer(layer))
-    ropes = _ropes(decoder, weights)
+    ropes = weights.ropes(decoder)
     outline = replace(decoder, embed=decoder.embed.to("meta"), layers=outlines, head=_outline(decoder.head))
     description = native.GraphDescription(
         layers=len(layers),

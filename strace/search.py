@@ -105,7 +105,7 @@ def _features(graph: Decoder) -> tuple[int, int, int]:
 def list_shapes(full: Decoder, format: str) -> dict[str, Decoder]:
     """Graphs of the sizes to time, by name, plainly quantised: which units they keep does not matter."""
     spec, whole = full.spec, quantise_linear(full.head, format, full.dtype)
-    shapes = {}
+    shapes, heads = {}, dict[int, Linear]()  # one of a size is packed once
     for attention, mlp, head in SHAPES:
         layers = range(spec.layers)
         groups = tuple(torch.arange(spec.kv_heads if l < round(attention * spec.layers) else 0) for l in layers)
@@ -115,8 +115,9 @@ def list_shapes(full: Decoder, format: str) -> dict[str, Decoder]:
         rows = round(head * spec.vocabulary)
         name = f"attention {attention:g}, neurons {mlp:g}, head {head:g}, {format}"
         ids = None if rows == spec.vocabulary else torch.arange(rows)
-        first = _take_first(whole, rows, full.dtype)
-        shapes[name] = _make_shape(full, Kept(groups, neurons, ids), first, format)
+        if rows not in heads:
+            heads[rows] = _take_first(whole, rows, full.dtype)
+        shapes[name] = _make_shape(full, Kept(groups, neurons, ids), heads[rows], format)
     return shapes
 
 

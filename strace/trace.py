@@ -46,6 +46,7 @@ from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
 from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, short_enough, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, slice_decoder
+from strace.linear import Linear
 from strace.measure import measure_acceptance, predict_speedup
 from strace.onpolicy import (
     TEMPERATURES,
@@ -240,6 +241,7 @@ class Tracer:
         self.checkpoint, self.full, self.options, self.say = checkpoint, full, options, say
         self.progress: Progress = ignore  # hears the share of a class that is done
         self._runner: Runner | None = None
+        self._head = full.head.weight
         self.machine = describe_machine(full, self.runner)
         self.base = Base(
             model=options.model,
@@ -254,8 +256,14 @@ class Tracer:
     def runner(self) -> Runner:
         """What continues prompts. It has all weights of the full model in memory, until `rest`."""
         if self._runner is None:
-            self._runner = make_runner({FULL: self.full}, count_cache(GIVEN, WRITTEN), self.options.runner)
+            self._runner = make_runner({FULL: self.lend()}, count_cache(GIVEN, WRITTEN), self.options.runner)
         return self._runner
+
+    def lend(self) -> Decoder:
+        """The full model to be packed. Its head is as it was read, not as torch multiplies by it: so one that is the
+        embedding too is packed once."""
+        self.full.head = Linear(self._head, self.full.head.bias, self.full.dtype)
+        return self.full
 
     def rest(self) -> None:
         """Let go of the runner: units are scored and fitted on a layer at a time."""
@@ -270,7 +278,7 @@ class Tracer:
     def costs(self) -> StepCosts:
         """What steps cost here, timed at the first class that needs it."""
         self.say("timing steps")
-        return price_steps(self.full, self.base.weight_hash, self.options.format, self.options.runner)
+        return price_steps(self.lend(), self.base.weight_hash, self.options.format, self.options.runner)
 
     def recipe(self, material: Material) -> str:
         """The hash of everything a class's subgraph and its choice depend on: a finished folder with the same one need

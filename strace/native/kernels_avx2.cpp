@@ -1,4 +1,271 @@
-// Kernels for AVX2.
-#define STRACE_KERNELS AVX2
-#define STRACE_ISA_NAME "avx2"
-#include "kernels_plain.h"
+// Kernels for AVX2: a vector is 8 output rows by 4 bytes of inputs. Activations are prepared as the products take them,
+// so that a token's number is one broadcast: bf16 as float32, the codes for int8 weights as 16 bits.
+#include <immintrin.h>
+
+#include <cstddef>
+#include <utility>
+
+#include "tiles.h"
+
+namespace strace {
+namespace {
+
+constexpr int LANES = 8;
+constexpr int WIDE_TOKENS = 3;  // so many tokens' sums over a panel fit 16 registers; over half of one, twice as many
+
+inline __m256i load(const void *from) { return _mm256_loadu_si256(static_cast<const __m256i *>(from)); }
+
+inline __m256i broadcast(const void *four) {
+  int32_t value;
+  memcpy(&value, four, sizeof value);
+  return _mm256_set1_epi32(value);
+}
+
+inline __m256 broadcast_float(const void *one) { return _mm256_castsi256_ps(broadcast(one)); }
+
+// The processor does not look far enough ahead for the next weights by itself.
+constexpr int AHEAD = 4096;
+
+template <int V>
+inline void fetch_ahead(const uint8_t *weights) {
+  for (int v = 0; v < V; v += 2) _mm_prefetch(weights + AHEAD + 32 * v, _MM_HINT_T0);
+}
+
+// Adds groups by F::add_group<T, V>, which takes V vectors of a panel's rows from the `first` on, and these rows' sums.
+template <class F>
+struct InParts : Stateless {
+  template <int T>
+  static void add(const uint8_t *weights, const uint8_t *x, size_t stride, int groups, float *sums) {
+    constexpr int ALL = PANEL / LANES, V = T <= WIDE_TOKENS ? ALL : ALL / 2;
+    for (int g = 0; g < groups; g++, weights += group_bytes(F::FORMAT), x += F::ACTIVATION_BYTES)
+      for (int first = 0; first < ALL; first += V)
+        F::template add_group<T, V>(weights, first, x, stride, sums + first * LANES);
+  }
+};
+
+template <int T, int V>
+inline void load_sums(const float *sums, __m256 (&into)[T][V]) {
+  for (int t = 0; t < T; t++)
+    for (int v = 0; v < V; v++) into[t][v] = _mm256_load_ps(sums + t * PANEL + v * LANES);
+}
+
+template <int T, int V>
+inline void store_sums(const __m256 (&from)[T][V], float *sums) {
+  for (int t = 0; t < T; t++)
+    for (int v = 0; v < V; v++) _mm256_store_ps(sums + t * PANEL + v * LANES, from[t][v]);
+}
+
+// One input of all tokens: `weights` are its rows.
+template <int T, int V>
+inline void add_input(const __m256 (&weights)[V], const uint8_t *x, size_t stride, __m256 (&sum)[T][V]) {
+  for (int t = 0; t < T; t++) {
+    const __m256 one = broadcast_float(x + t * stride);
+    for (int v = 0; v < V; v++) sum[t][v] = _mm256_fmadd_ps(weights[v], one, sum[t][v]);
+  }
+}
+
+struct Fp32 : InParts<Fp32> {
+  static constexpr int FORMAT = ST_FP32, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
+
+  static void prepare(const float *x, void *out) { memcpy(out, x, ACTIVATION_BYTES); }
+
+  template <int T, int V>
+  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+    __m256 sum[T][V], w[V];
+    load_sums(sums, sum);
+    for (int i = 0; i < GROUP; i++, weights += STEP_BYTES, x += sizeof(float)) {
+      fetch_ahead<V>(weights + 32 * first);
+      for (int v = 0; v < V; v++) w[v] = _mm256_castsi256_ps(load(weights + 32 * (first + v)));
+      add_input(w, x, stride, sum);
+    }
+    store_sums(sum, sums);
+  }
+};
+
+struct Bf16 : InParts<Bf16> {
+  static constexpr int FORMAT = ST_BF16, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
+
+  // To the nearest, ties to the even one.
+  static void prepare(const float *x, void *out) {
+    for (int i = 0; i < GROUP; i += LANES) {
+      const __m256i bits = load(x + i), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+      _mm256_storeu_si256(static_cast<__m256i *>(out) + i / LANES, high_half(rounded));
+    }
+  }
+
+  static __m256i high_half(__m256i words) {
+    return _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+  }
+
+  template <int T, int V>
+  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+    __m256 sum[T][V], even[V], odd[V];
+    load_sums(sums, sum);
+    for (int i = 0; i < GROUP; i += 2, weights += STEP_BYTES, x += 2 * sizeof(float)) {
+      fetch_ahead<V>(weights + 32 * first);
+      for (int v = 0; v < V; v++) {
+        const __m256i both = load(weights + 32 * (first + v));
+        even[v] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        odd[v] = _mm256_castsi256_ps(high_half(both));
+      }
+      add_input(even, x, stride, sum);
+      add_input(odd, x + sizeof(float), stride, sum);
+    }
+    store_sums(sum, sums);
+  }
+};
+
+// One token's group on its int8 grid.
+struct Grid {
+  float scale;
+  int32_t sum;
+  __m256i codes[GROUP / LANES];
+};
+
+inline Grid find_grid(const float *x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 most = _mm256_setzero_ps();
+  for (int i = 0; i < GROUP; i += LANES) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+  alignas(32) float peaks[LANES];
+  _mm256_store_ps(peaks, most);
+  float peak = 0;
+  for (float one : peaks) peak = one > peak ? one : peak;
+  Grid grid{peak / 127, 0, {}};
+  if (!(grid.scale > 0)) return grid;
+  __m256i sum = _mm256_setzero_si256();
+  for (int i = 0; i < GROUP / LANES; i++) {
+    grid.codes[i] = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + i * LANES), _mm256_set1_ps(grid.scale)));
+    sum = _mm256_add_epi32(sum, grid.codes[i]);
+  }
+  alignas(32) int32_t parts[LANES];
+  _mm256_store_si256(reinterpret_cast<__m256i *>(parts), sum);
+  for (int32_t part : parts) grid.sum += part;
+  return grid;
+}
+
+// The codes of a group as the products take them. start: what the offset of the stored weights adds to the group's sum,
+// taken off beforehand.
+template <class Code>
+struct Codes {
+  float scale;
+  int32_t start;
+  Code codes[GROUP];
+};
+
+// Adds a group's exact sum of one token and 8 rows, times its scale.
+inline void add_exact(float *sums, __m256i exact, __m256 scale) {
+  _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), scale, _mm256_load_ps(sums)));
+}
+
+struct Int8 : InParts<Int8> {
+  using Token = Codes<int16_t>;
+  static constexpr int FORMAT = ST_INT8, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr size_t ACTIVATION_BYTES = sizeof(Token);
+
+  // A step's codes in the order 0, 2, 1, 3. Products of 8 bits by 8 saturate in 16 for weights as large as these; those
+  // of 16 by 16 do not, and the weights' bytes are widened by taking the even and the odd ones apart.
+  static void prepare(const float *x, void *out) {
+    const Grid grid = find_grid(x);
+    Token token{grid.scale, -INT8_OFFSET * grid.sum, {}};
+    for (int i = 0; i < GROUP / LANES; i++) {
+      const __m256i narrow = _mm256_packs_epi32(grid.codes[i], grid.codes[i]);
+      const __m256i ordered = _mm256_permute4x64_epi64(_mm256_shufflelo_epi16(narrow, 0xD8), 0x08);
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(token.codes + i * LANES), _mm256_castsi256_si128(ordered));
+    }
+    memcpy(out, &token, sizeof token);
+  }
+
+  template <int T, int V>
+  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+    __m256i exact[T][V], even[V], odd[V];
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < V; v++) exact[t][v] = broadcast(x + t * stride + offsetof(Token, start));
+    const uint8_t *codes = x + offsetof(Token, codes);
+    for (int step = 0; step < 8; step++, weights += STEP_BYTES, codes += 4 * sizeof(int16_t)) {
+      fetch_ahead<V>(weights + 32 * first);
+      for (int v = 0; v < V; v++) {
+        const __m256i both = load(weights + 32 * (first + v));
+        even[v] = _mm256_and_si256(both, _mm256_set1_epi16(0xFF));
+        odd[v] = _mm256_srli_epi16(both, 8);
+      }
+      for (int t = 0; t < T; t++) {
+        const uint8_t *four = codes + t * stride;
+        const __m256i two = broadcast(four), other = broadcast(four + 2 * sizeof(int16_t));
+        for (int v = 0; v < V; v++) {
+          const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(even[v], two), _mm256_madd_epi16(odd[v], other));
+          exact[t][v] = _mm256_add_epi32(exact[t][v], sum);
+        }
+      }
+    }
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < V; v++)
+        add_exact(sums + t * PANEL + v * LANES, exact[t][v], broadcast_float(x + t * stride));
+  }
+};
+
+struct Int4 : InParts<Int4> {
+  using Token = Codes<int8_t>;
+  static constexpr int FORMAT = ST_INT4, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr size_t ACTIVATION_BYTES = sizeof(Token);
+
+  static void prepare(const float *x, void *out) {
+    const Grid grid = find_grid(x);
+    Token token{grid.scale, -INT4_OFFSET * grid.sum, {}};
+    for (int i = 0; i < GROUP / LANES; i++) {
+      const __m256i half = _mm256_packs_epi32(grid.codes[i], grid.codes[i]), quarter = _mm256_packs_epi16(half, half);
+      const __m256i ordered = _mm256_permutevar8x32_epi32(quarter, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+      _mm_storel_epi64(reinterpret_cast<__m128i *>(token.codes + i * LANES), _mm256_castsi256_si128(ordered));
+    }
+    memcpy(out, &token, sizeof token);
+  }
+
+  static __m256 widen(const uint8_t *bf16) {
+    const __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bf16)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(half, 16));
+  }
+
+  // One step of 4 inputs, two sums of 16 bits a row: a group's 8 steps add up to 8 * 2 * 15 * 127 at most, which fits.
+  template <int T, int V>
+  static void add_step(const __m256i (&weights)[V], const uint8_t *codes, size_t stride, __m256i (&exact)[T][V]) {
+    static_assert(8 * 2 * 15 * 127 <= INT16_MAX);
+    for (int t = 0; t < T; t++) {
+      const __m256i four = broadcast(codes + t * stride);
+      for (int v = 0; v < V; v++) exact[t][v] = _mm256_add_epi16(exact[t][v], _mm256_maddubs_epi16(weights[v], four));
+    }
+  }
+
+  template <int T, int V>
+  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+    const __m256i low_half = _mm256_set1_epi8(15);
+    __m256i exact[T][V] = {}, even[V], odd[V];
+    const uint8_t *step = weights + INT4_SCALE_BYTES, *codes = x + offsetof(Token, codes);
+    for (int pair = 0; pair < 4; pair++, step += STEP_BYTES, codes += 8) {
+      fetch_ahead<V>(step + 32 * first);
+      for (int v = 0; v < V; v++) {
+        const __m256i both = load(step + 32 * (first + v));
+        even[v] = _mm256_and_si256(both, low_half);
+        odd[v] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
+      }
+      add_step(even, codes, stride, exact);
+      add_step(odd, codes + 4, stride, exact);
+    }
+    for (int v = 0; v < V; v++) {
+      const __m256 scales = widen(weights + 2 * LANES * (first + v));
+      for (int t = 0; t < T; t++) {
+        const __m256i start = broadcast(x + t * stride + offsetof(Token, start));
+        const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(exact[t][v], _mm256_set1_epi16(1)), start);
+        add_exact(sums + t * PANEL + v * LANES, sum, _mm256_mul_ps(scales, broadcast_float(x + t * stride)));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+extern const Kernels AVX2;
+const Kernels AVX2 = make_kernels<Fp32, Bf16, Int8, Int4>("avx2");
+
+}  // namespace strace

@@ -19,14 +19,16 @@ inline __m512i broadcast(const uint8_t *four) {
   return _mm512_set1_epi32(value);
 }
 
-// With many tokens arithmetic takes so long that the processor does not look far enough ahead for the next weights by
-// itself; with few it does, and asking costs more than it brings.
-constexpr int AHEAD = 4096;
+// The processor's own prefetchers stop at every page and ask too late: a core then waits for memory that it could have
+// asked for. So every step asks for what comes FAR bytes later, as far as the second-level cache, which can wait for more
+// lines at a time than the first, and NEAR bytes later from there.
+constexpr size_t FAR = 4096, NEAR = 1024;
 
-template <bool WANTED>
-inline void fetch_ahead(const uint8_t *weights) {
-  if (WANTED)
-    for (int v = 0; v < VECTORS; v++) _mm_prefetch(weights + AHEAD + 64 * v, _MM_HINT_T0);
+inline void fetch_ahead(const uint8_t *weights, size_t bytes) {
+  for (size_t line = 0; line < bytes; line += 64) {
+    _mm_prefetch(weights + FAR + line, _MM_HINT_T1);
+    _mm_prefetch(weights + NEAR + line, _MM_HINT_T0);
+  }
 }
 
 template <int T>
@@ -75,7 +77,7 @@ inline void add_dense(const uint8_t *weights, const uint8_t *x, size_t stride, i
   for (int step = 0; step < groups * Dense::STEPS; step++, weights += STEP_BYTES, x += 4) {
     __m512i w[VECTORS];
     for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(weights + 64 * v);
-    fetch_ahead<(T > 4)>(weights);
+    fetch_ahead(weights, STEP_BYTES);
     for (int t = 0; t < T; t++) {
       __m512i one = broadcast(x + t * stride);
       for (int v = 0; v < VECTORS; v++) sum[t][v] = Dense::dot(sum[t][v], w[v], one);
@@ -151,7 +153,7 @@ struct Int8 : Stateless {
       for (int step = 0; step < 8; step++) {
         __m512i w[VECTORS];
         for (int v = 0; v < VECTORS; v++) w[v] = _mm512_loadu_si512(weights + step * STEP_BYTES + 64 * v);
-        fetch_ahead<(T > 3)>(weights + step * STEP_BYTES);
+        fetch_ahead(weights + step * STEP_BYTES, STEP_BYTES);
         add_step(w, x, stride, step, exact);
       }
       for (int t = 0; t < T; t++) {
@@ -180,12 +182,12 @@ struct Int4 : Stateless {
     __m512 sum[T][VECTORS];
     load_sums(sums, sum);
     for (int g = 0; g < groups; g++, weights += group_bytes(FORMAT), x += ACTIVATION_BYTES) {
+      fetch_ahead(weights, group_bytes(FORMAT));
       __m512i exact[T][VECTORS];
       start_group(x, stride, exact);
 #pragma GCC unroll 4
       for (int pair = 0; pair < 4; pair++) {
         __m512i even[VECTORS], odd[VECTORS];
-        fetch_ahead<(T > 3)>(weights + INT4_SCALE_BYTES + pair * STEP_BYTES);
         for (int v = 0; v < VECTORS; v++) {
           __m512i both = _mm512_loadu_si512(weights + INT4_SCALE_BYTES + pair * STEP_BYTES + 64 * v);
           even[v] = _mm512_and_si512(both, low_half);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int TILE = 64;
 constexpr int FEW = 2;  // tokens whose norms, activations and the like take less time than to share them out
-constexpr size_t PIECE_BYTES = 32 << 10;  // of weights, that a thread takes at a time
+constexpr size_t MOST_BYTES = 256 << 10;  // of weights, that a thread takes at a time
 constexpr size_t CACHE_LINE = 64;
 
 // A row of a dense matrix.
@@ -116,12 +116,9 @@ void Pass::each(int count, Piece &&piece) {
 }
 
 void Pass::multiply(const st_matrix &matrix, int count, float *y, size_t stride) {
-  const int64_t all = panels(matrix), bytes = panel_bytes(matrix.format, matrix.columns) * all;
-  const int64_t rounds = std::max<int64_t>(1, bytes / (PIECE_BYTES * pool_.threads()));
-  const int64_t pieces = std::min(all, rounds * pool_.threads());  // as many for each thread, for they are about equal
-  pool_.share(static_cast<int>(pieces), [&](int i, int) {
-    const int64_t first = all * i / pieces, last = all * (i + 1) / pieces;
-    kernels_.multiply(matrix, activations_, count, static_cast<int>(first), static_cast<int>(last), y, stride);
+  const size_t most = MOST_BYTES / panel_bytes(matrix.format, matrix.columns);
+  pool_.share_runs(panels(matrix), std::max(1, static_cast<int>(most)), [&](int first, int last, int) {
+    kernels_.multiply(matrix, activations_, count, first, last, y, stride);
   });
 }
 

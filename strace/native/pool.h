@@ -1,5 +1,7 @@
-// The warm threads of one runner. The caller goes through a pass alone and shares out the work of each phase; whoever
-// is free takes the next piece. A thread that the system has taken off its core holds nobody up unless it has a piece.
+// The warm threads of one runner. The caller goes through a pass alone and shares out the work of each phase. Every
+// thread has pieces of its own, which it does from the first on; one that has done its own helps another from the last
+// on. So a thread reads memory in one direction, the same from pass to pass, and one that the system has taken off its
+// core holds nobody up unless it is at a piece.
 #pragma once
 
 #include <atomic>
@@ -12,7 +14,7 @@
 
 namespace strace {
 
-// Which thread takes which piece never shows in a result: a piece comes out the same whoever does it.
+// Which thread does which piece never shows in a result: a piece comes out the same whoever does it.
 class Pool {
  public:
   // The caller of `share` is one of the threads, number 0.
@@ -21,38 +23,56 @@ class Pool {
   Pool(const Pool &) = delete;
   Pool &operator=(const Pool &) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return static_cast<int>(shares_.size()); }
 
   // Calls piece(i, thread) once for each i in 0 .. pieces - 1, and returns when all have returned. One call at a time.
   template <class Piece>
   void share(int pieces, Piece &&piece) {
-    if (pieces <= 1 || workers_.empty()) {
-      for (int i = 0; i < pieces; ++i) piece(i, 0);
-      return;
-    }
-    using Shared = std::remove_reference_t<Piece>;
-    publish([](void *context, int i, int thread) { (*static_cast<Shared *>(context))(i, thread); }, &piece, pieces);
-    int own = 0;
-    for (int i = take(); i >= 0; i = take(), ++own) piece(i, 0);
-    await(pieces - own);
+    share_runs(pieces, 1, [&](int first, int last, int thread) {
+      for (int i = first; i < last; ++i) piece(i, thread);
+    });
+  }
+
+  // The same by calls of run(first, last, thread), each for at most `most` pieces, first .. last - 1.
+  template <class Run>
+  void share_runs(int pieces, int most, Run &&run) {
+    if (pieces <= 0) return;
+    if (pieces == 1 || threads() == 1) return run(0, pieces, 0);
+    using Shared = std::remove_reference_t<Run>;
+    const Job job = [](void *context, Pieces some, int thread) {
+      (*static_cast<Shared *>(context))(some.first, some.last, thread);
+    };
+    publish(job, &run, pieces, most);
+    await(pieces - work(0));
   }
 
  private:
-  using Job = void (*)(void *context, int piece, int thread);
+  struct Pieces {
+    int first, last;
+    int count() const { return last - first; }
+  };
+  using Job = void (*)(void *context, Pieces pieces, int thread);
 
-  int take();
-  void publish(Job job, void *context, int pieces);
+  // What is left of a thread's own pieces of this phase: the first in the high half, the end in the low one.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
+
+  Pieces own(int thread, int pieces) const;
+  Pieces take(int thread);
+  Pieces take_from(Share &share, bool front);
+  int work(int thread);
+  void publish(Job job, void *context, int pieces, int most);
   void await(int pieces);
   void serve(int thread);
-  void wait_for_work();
-  bool has_work() const;
+  void wait_for_phase(uint64_t last);
 
-  // Phase in the high half, pieces left to take in the low one: a thread that has slept through a phase cannot take a
-  // piece of the next by mistake.
-  alignas(64) std::atomic<uint64_t> left_{0};
-  Job job_ = nullptr;  // of this phase; read by those who have taken a piece of it
+  std::vector<Share> shares_;
+  Job job_ = nullptr;  // of this phase; read by those who have found a piece of it
   void *context_ = nullptr;
-  alignas(64) std::atomic<int> done_{0};  // pieces of this phase done by other threads than the caller
+  int most_ = 1;
+  alignas(64) std::atomic<uint64_t> phase_{0};  // its number
+  alignas(64) std::atomic<int> done_{0};        // pieces of this phase done by other threads than the caller
   alignas(64) std::atomic<bool> parked_{false};
   std::atomic<bool> closing_{false};
   std::mutex mutex_;

@@ -60,8 +60,8 @@ def test_more_bits_err_less_and_four_are_as_good_as_int4(seed: int) -> None:
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
     counts = {"a": [9.0, 8.0, 10.0], "b": [45.0, 40.0, 50.0]}
-    subgraphs.Results(tmp_path).add("chat", "ours", 0.25, lambda: (counts, 0.24, "plan"))
     results = subgraphs.Results(tmp_path)
+    subgraphs.Results(tmp_path).add("chat", "ours", 0.25, lambda: (counts, 0.24, "plan"))  # another process
 
     def fail() -> tuple[subgraphs.Counts, float, str]:
         raise AssertionError("measured again")

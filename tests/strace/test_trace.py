@@ -22,8 +22,10 @@ from strace.classes import BadPrompts, Prompt
 from strace.classifier import Classifier
 from strace.distill import Distilled, distill
 from strace.graphs import load_drafts
+from strace.head import measure_mass
 from strace.keep import Plan
 from strace.measure import measure_acceptance
+from strace.native_runner import NativeRunner
 from strace.onpolicy import Positions
 from strace.search import StepCosts
 from strace.subgraph import MANIFEST, TENSORS, Manifest, list_unpaying, load_subgraphs, read_manifest
@@ -182,6 +184,23 @@ def test_a_trace_cut_off_goes_on_where_it_was(traced: Traced, tmp_path: Path, mo
     assert sum("repairing" in line for line in said) == 1
     assert not list((tmp_path / ".work").glob("*"))
     assert read_manifest(tmp_path / "digits").tensors_hash == made["digits"].tensors_hash
+
+
+def test_a_head_that_is_the_embedding_too_is_packed_once_whatever_torch_made_of_it(
+    traced: Traced, tmp_path: Path
+) -> None:
+    model = str(save_tiny(tmp_path / "model", tie_word_embeddings=True))
+    checkpoint = open_checkpoint(model)
+    tracer = pipeline.Tracer(
+        checkpoint, load_decoder(checkpoint, "bf16"), replace(traced[0], model=model, runner="native"), print
+    )
+    packed = []
+    for _ in range(2):
+        assert isinstance(tracer.runner, NativeRunner)
+        packed.append(tracer.runner.packed_bytes)
+        tracer.rest()
+        measure_mass(tracer.full, batch_texts([random_tokens(40).tolist()]))
+    assert packed[0] == packed[1]
 
 
 def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

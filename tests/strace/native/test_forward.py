@@ -6,6 +6,7 @@ formats with int8 activations the rounding of activations between products too, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,6 +149,8 @@ def test_weights_are_held_once() -> None:
     full = load_tiny("llama", "bf16", tie_word_embeddings=True)
     tied, shared = make_native({FULL: full}), make_native({FULL: full, "again": full})
     assert shared.packed_bytes == tied.packed_bytes
+    assert replace(full, head=full.head).ropes is full.ropes
+    assert len(shared._weights._ropes) == 1
     assert tied.packed_bytes < 1.2 * full.bytes_per_step
     outline = tied.graphs[FULL]
     assert outline.bytes_per_step == full.bytes_per_step

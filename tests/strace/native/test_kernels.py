@@ -66,6 +66,20 @@ def test_products_equal_those_in_float64(product: tuple[str, Tensor | Codes, Ten
     assert ((found - wanted).abs() <= allowed).all(), f"{format}: {((found - wanted).abs() / allowed).max()}"
 
 
+@given(st.sampled_from(("int8", "int4")), st.integers(1, 12), st.integers(0, 2**32))
+def test_products_of_the_largest_codes_are_exact(format: str, groups: int, seed: int) -> None:
+    """Integer products must not saturate."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-128, 127) if format == "int8" else (-8, 7)
+    signs = torch.randint(2, (40, groups * GROUP), generator=generator)
+    signs[:20] = signs[:20, :1]  # of some rows all have one sign
+    codes = torch.where(signs == 1, high, low).to(torch.int8)
+    x = 127.0 * torch.where(torch.rand(7, groups * GROUP, generator=generator) < 0.5, 1, -1)
+    x[:2] = x[:2, :1]
+    weight = Codes(format, codes, torch.ones(40, groups if format == "int4" else 1, dtype=torch.bfloat16))
+    assert torch.equal(multiply(weight, None, x).double(), x.double() @ codes.double().T)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_matrix_of_several_pieces(format: str) -> None:
     """More rows than are packed at once, and more weights than are quantised at once."""
