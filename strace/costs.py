@@ -113,7 +113,11 @@ def draw_curve(costs: Iterable[Cost], graph: str, context: int = TYPICAL) -> dic
     for cost in costs:
         if cost.graph == graph and (graph not in (FULL, SETTLE) or cost.sequences == 1):
             by_size[cost.sequences * cost.tokens].append((cost.context, cost.seconds))
-    return {n: float(np.interp(context, *zip(*sorted(points), strict=True))) for n, points in by_size.items()}
+    seconds = {}
+    for n, points in by_size.items():
+        contexts, values = zip(*sorted(points), strict=True)
+        seconds[n] = float(np.interp(context, contexts, values))
+    return seconds
 
 
 def draw_verifying(costs: Sequence[Cost], context: int = TYPICAL) -> dict[int, float]:
