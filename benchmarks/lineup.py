@@ -20,7 +20,8 @@ from strace.checkpoint import open_checkpoint, resolve
 from strace.files import cache_folder
 from strace.gguf import convert
 
-ENGINES = ("strace", "transformers", "llama.cpp", "openvino")
+OURS = "strace"
+ENGINES = (OURS, "transformers", "llama.cpp", "openvino")
 CLASSES = ("chat", "code", "facts", "math", "stories")
 REFERENCE, FULL = "transformers bf16", "strace full bf16"
 PROMPT_TOKENS, CONTEXT = 64, 1024  # of a random prompt; of the peers' caches
@@ -64,7 +65,7 @@ def list_entries(model: Model, threads: int) -> list[Entry]:
 
     def ours(name: str, source: str, mode: str, dtype: str = "bf16") -> Entry:
         load = {"model": source, "threads": threads, "dtype": dtype}
-        return Entry(f"strace {name}", "strace", "ours", load, {"mode": mode}, by_class=True)
+        return Entry(f"strace {name}", OURS, "ours", load, {"mode": mode}, by_class=True)
 
     def llama(format: str, name: str = "", **load: Any) -> Entry:
         load |= {"path": str(model.files / f"{format}.gguf"), "threads": threads, "context": CONTEXT}

@@ -4,6 +4,7 @@ Every engine runs in a process of its own (benchmarks/contestants), the peers in
 each round every engine continues the same prompts, the order rotating, so that noise falls on all alike. Figures are of
 decoding, from the first new token to the last; medians over the rounds, spread = half the interquartile range over the
 median. GB/s are of weights; the share is of the bandwidth at which all threads read memory, measured in every round.
+Where memory does not hold all engines at once, --apart has one engine at a time take turns with ours.
 
 The embedded model continues held-out text of five classes. The other models are random weights in published shapes:
 what they cost per step is real, what they write is not, so nothing that guesses tokens runs on them.
@@ -13,6 +14,7 @@ what they cost per step is real, what they write is not, so nothing that guesses
 Examples:
   python benchmarks/peers.py
   python benchmarks/peers.py --models embedded SmolLM2-135M --engines strace llama.cpp --rounds 3 --tokens 32
+  python benchmarks/peers.py --models Llama-3.2-1B --apart
   python benchmarks/peers.py --prepare
 """
 
@@ -26,17 +28,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lineup import ENGINES, FULL, REFERENCE, Entry, Model, list_entries, open_model, prepare
-from machine import describe, finish, require_idle, spread
+from lineup import ENGINES, FULL, OURS, REFERENCE, Entry, Model, list_entries, open_model, prepare
+from machine import describe, finish, require_idle, show, spread
 from rich.console import Console
-from rich.table import Table
 from shapes import SHAPES
 from workers import PEERS_PYTHON, Worker, start
 
 from strace.checkpoint import EMBEDDED
-from strace.costs import read_bandwidth
+from strace.costs import ReadMeter
 
 PROGRESS = Console(stderr=True)
+_READS = 3  # of memory, in each round, of which the best counts
 # (sequences, tokens of each, context) of our own passes.
 LENGTHS = [(1, 1, 64), (1, 4, 64), (1, 8, 64)]
 CONTEXTS = [(1, 1, 256), (1, 1, 1024), (1, 1, 4096)]
@@ -69,11 +71,11 @@ def run_rounds(
 ) -> tuple[dict[str, list[Round]], list[float]]:
     """Every entry's rounds, by name, and the read bandwidth in each; the first round, which warms up, is dropped."""
     found: dict[str, list[Round]] = {entry.name: [] for entry in entries}
-    bandwidths = []
+    meter, bandwidths = ReadMeter(), []
     for turn in range(arguments.rounds + 1):
         PROGRESS.log(f"{model.name}, temperature {temperature}: round {turn} of {arguments.rounds}")
         shift = turn % len(entries)
-        bandwidths.append(read_bandwidth(megabytes=256))
+        bandwidths.append(max(meter.sample() for _ in range(_READS)))
         for entry in (*entries[shift:], *entries[:shift]):
             done = Round()
             for name, prompts in model.prompts.items():
@@ -136,6 +138,32 @@ def share_of(read: float | None, bandwidth: float) -> dict[str, float | None]:
     }
 
 
+def list_groups(entries: Sequence[Entry], apart: bool) -> list[list[Entry]]:
+    """Entries that take turns: all of them, or ours with one other engine at a time."""
+    others = dict.fromkeys(entry.engine for entry in entries if entry.engine != OURS)
+    if not apart or len(others) < 2:
+        return [list(entries)]
+    return [[entry for entry in entries if entry.engine in (OURS, engine)] for engine in others]
+
+
+class Field:
+    """The engines of one model, loaded while they are needed: ours to the end."""
+
+    def __init__(self, model: Model, threads: int, stack: ExitStack) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.loaded: dict[str, dict[str, Any]] = {}
+        self._model, self._threads, self._stack = model, threads, stack
+
+    def enter(self, entries: Sequence[Entry], group: ExitStack) -> None:
+        """Load those that are not there yet; the others' processes end with the group."""
+        for entry in entries:
+            if entry.process not in self.workers:
+                PROGRESS.log(f"{self._model.name}: loading {entry.name}")
+                stack = self._stack if entry.engine == OURS else group
+                self.workers[entry.process] = stack.enter_context(start(entry.worker, self._threads))
+                self.loaded[entry.process] = self.workers[entry.process].ask("load", **entry.load)
+
+
 def measure_model(
     model: Model, entries: Sequence[Entry], arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -144,26 +172,14 @@ def measure_model(
     steps: list[dict[str, Any]] = []
     ours = [entry for entry in entries if arguments.steps and entry.name.startswith("strace full")]
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        loaded: dict[str, dict[str, Any]] = {}
-        for entry in entries:
-            if entry.process not in workers:
-                PROGRESS.log(f"{model.name}: loading {entry.name}")
-                workers[entry.process] = stack.enter_context(start(entry.worker, arguments.threads))
-                loaded[entry.process] = workers[entry.process].ask("load", **entry.load)
-        for temperature in arguments.temperatures if model.real else [0.0]:
-            found, bandwidths = run_rounds(model, entries, workers, arguments, temperature)
-            bandwidth = statistics.median(bandwidths)
-            for entry in entries:
-                about = {"model": model.name, "temperature": temperature, "engine": entry.name}
-                about |= {"version": loaded[entry.process]["version"], "read_bandwidth_gb_s": round(bandwidth / 1e9, 1)}
-                about["mb_per_step"] = round(loaded[entry.process]["bytes_per_step"] / 1e6, 1)
-                about["repeated_8grams"] = round(repeated_share(found[entry.name]), 3) if model.real else None
-                figures = summarise(found, entry.name, bandwidth, judged=model.real and temperature == 0)
-                rows.append(about | figures | workers[entry.process].ask("memory"))
+        field = Field(model, arguments.threads, stack)
+        for group in list_groups(entries, arguments.apart):
+            with ExitStack() as processes:
+                field.enter(group, processes)
+                rows += compare_group(model, group, field, arguments)
         for entry in ours:
             cases = LENGTHS + CONTEXTS + SEQUENCES
-            steps += time_passes(model, entry, workers[entry.process], cases, arguments.rounds, arguments.threads)
+            steps += time_passes(model, entry, field.workers[entry.process], cases, arguments.rounds, arguments.threads)
     for entry in ours if arguments.threads > 1 else []:
         with start(entry.worker, 1) as alone:
             alone.ask("load", **entry.load | {"threads": 1})
@@ -171,37 +187,44 @@ def measure_model(
     return rows, steps
 
 
+def compare_group(
+    model: Model, entries: Sequence[Entry], field: Field, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of engines that take turns."""
+    rows = []
+    for temperature in arguments.temperatures if model.real else [0.0]:
+        found, bandwidths = run_rounds(model, entries, field.workers, arguments, temperature)
+        bandwidth = statistics.median(bandwidths)
+        for entry in entries:
+            loaded = field.loaded[entry.process]
+            about = {"model": model.name, "temperature": temperature, "engine": entry.name}
+            about |= {"version": loaded["version"], "read_bandwidth_gb_s": round(bandwidth / 1e9, 1)}
+            about["mb_per_step"] = round(loaded["bytes_per_step"] / 1e6, 1)
+            about["repeated_8grams"] = round(repeated_share(found[entry.name]), 3) if model.real else None
+            figures = summarise(found, entry.name, bandwidth, judged=model.real and temperature == 0)
+            rows.append(about | figures | field.workers[entry.process].ask("memory"))
+    return rows
+
+
 def time_passes(
     model: Model, entry: Entry, worker: Worker, cases: Sequence[tuple[int, int, int]], rounds: int, threads: int
 ) -> list[dict[str, Any]]:
-    """Rows of our full passes in the format served, the read bandwidth measured before and after."""
-    before = read_bandwidth()
+    """Rows of our full passes in the format served, beside the read bandwidth of as many threads in the same rounds."""
     passes = worker.ask("time_passes", cases=cases, rounds=rounds)["passes"]
-    bandwidth = (before + read_bandwidth()) / 2
     about = {"model": model.name, "format": entry.load["dtype"], "threads": threads}
     return [
         about
         | {name: row[name] for name in ("sequences", "tokens", "context")}
         | {"ms": round(row["seconds"] * 1000, 3)}
         | {"tokens_per_s": round(row["sequences"] * row["tokens"] / row["seconds"], 1)}
-        | {"read_bandwidth_gb_s": round(bandwidth / 1e9, 1)}
-        | share_of(row["bytes"] / row["seconds"], bandwidth)
+        | {"read_bandwidth_gb_s": round(row["bandwidth"] / 1e9, 1)}
+        | share_of(row["bytes"] / row["seconds"], row["bandwidth"])
         for row in passes
         if row["graph"] == "full"
     ]
 
 
-def show(rows: Sequence[dict[str, Any]], columns: dict[str, str], title: str) -> None:
-    """Rows as a table; columns: key by heading. Shares are printed in percent."""
-    table = Table(*columns, title=title)
-    for row in rows:
-        values = {key: row[key] for key in columns.values()}
-        percent = ("bandwidth_share", "equal", "spread")
-        cells = (f"{v:.1%}" if k in percent and v is not None else "" if v is None else v for k, v in values.items())
-        table.add_row(*map(str, cells))
-    Console(width=160).print(table)
-
-
+PERCENT = ("bandwidth_share", "equal", "spread")
 ENGINE_COLUMNS = {
     "model": "model", "T": "temperature", "engine": "engine", "tokens/s": "tokens_per_s", "ms": "ms",
     "spread": "spread", "x full": "over_full", "MB/step": "mb_per_step", "GB/s": "gb_s",
@@ -209,7 +232,8 @@ ENGINE_COLUMNS = {
 }  # fmt: skip
 STEP_COLUMNS = {
     "model": "model", "format": "format", "threads": "threads", "sequences": "sequences", "tokens": "tokens",
-    "context": "context", "ms": "ms", "tokens/s": "tokens_per_s", "GB/s": "gb_s", "of bandwidth": "bandwidth_share",
+    "context": "context", "ms": "ms", "tokens/s": "tokens_per_s", "GB/s": "gb_s", "reads": "read_bandwidth_gb_s",
+    "of bandwidth": "bandwidth_share",
 }  # fmt: skip
 
 
@@ -226,6 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.0], metavar="T", help="of real text")
     parser.add_argument("--no-steps", dest="steps", action="store_false", help="leave out the tables of our own passes")
+    parser.add_argument("--apart", action="store_true", help="one other engine at a time beside ours")
     parser.add_argument("--prepare", action="store_true", help="only write the models in every engine's format")
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.tokens - 1, arguments.threads) < 1:
@@ -248,9 +273,9 @@ def main() -> None:
         entries = [entry for entry in list_entries(model, arguments.threads) if entry.engine in arguments.engines]
         for found, more in zip((rows, steps), measure_model(model, entries, arguments), strict=True):
             found += more
-    show(rows, ENGINE_COLUMNS, f"Decoding, {arguments.threads} threads, medians of {arguments.rounds} rounds")
+    show(rows, ENGINE_COLUMNS, f"Decoding, {arguments.threads} threads, medians of {arguments.rounds} rounds", PERCENT)
     if steps:
-        show(steps, STEP_COLUMNS, "Our full passes, in the alternation of serving")
+        show(steps, STEP_COLUMNS, "Our full passes, in the alternation of serving", PERCENT)
     finish(
         {
             "benchmark": "peers",

@@ -2,10 +2,11 @@
 
 On texts that nothing was fitted on, chosen by or tuned on (`benchmarks/unused`). Drafts are of one fixed length k here,
 because only then a cycle's length does not hang on what was drawn. Predicted: 1 + sum of prod a_i, with the acceptance
-on the model's own text that the subgraph's manifest holds; k draft steps and a pass over k + 1 tokens, at the costs
-measured when the engine starts. Cycles that the end of a request cut short count with the drafts they had. The speedup
-is that of serving, where the rule of expected gain ends drafts; `full` is run in turn with it, and with --beside the
-subgraphs of another folder are.
+on the model's own text that the subgraph's manifest holds; k draft steps and a pass over k + 1 tokens with its verdicts
+at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in
+such a step, learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they
+had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends
+drafts; `full` is run in turn with it, and with --beside the subgraphs of another folder are.
 
 Examples:
   python benchmarks/predicted.py
@@ -17,24 +18,72 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import UNUSED, describe, finish, read_prompts, require_idle
+from machine import UNUSED, describe, finish, read_prompts, require_idle, show
 from modes import CLASSES, cut_prompt, run_engine
-from rich.console import Console
-from rich.table import Table
 
 from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request
+from strace.costs import Cost, draw_curve, draw_verifying, list_cases, measure_costs, text_limit
 from strace.graphs import choose_folder
+from strace.measure import predict_speedup
 from strace.runner import FULL
 from strace.sampling import SamplingParams
 from strace.subgraph import read_manifest
+
+CONTEXTS, LENGTHS = (64, 192, 448), (1, 2, 4, 5, 6, 7, 9)  # of the passes timed
+ROUNDS = 8  # of timing
+WARMUP = 2  # texts from which the engine's own time is learnt
+_DRAWS = 1000  # of a bootstrap
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds: a draft step; full passes with their verdicts, by tokens; the engine's own part of a plain step, and of
+    one that drafts."""
+
+    draft: float
+    full: Mapping[int, float]
+    own_plain: float
+    own_drafting: float
+
+    @property
+    def plain(self) -> float:
+        """A step without drafts."""
+        return self.full[1] + self.own_plain
+
+    def cycle(self, drafts: float) -> float:
+        """A step of so many drafts; linear between the passes timed."""
+        tokens = sorted(self.full)
+        verify = float(np.interp(drafts + 1, tokens, [self.full[n] for n in tokens]))
+        return drafts * self.draft + verify + self.own_drafting
+
+    def speedup(self, accepted: Sequence[float]) -> tuple[float, int]:
+        """The best over numbers of drafts, and that number."""
+        v = {n: (seconds + self.own_drafting) / self.plain for n, seconds in self.full.items()}
+        return predict_speedup(accepted, self.draft / self.plain, v)
+
+
+def time_steps(engine: Engine, graph: str, context: float) -> list[Cost]:
+    """What passes with drafts by `graph` cost now, near a context; the engine holds no text. Medians: the lower
+    quartile that the engine starts from is of quieter moments than a whole text sees."""
+    cases = list_cases(text_limit(engine.runner), CONTEXTS, (1,), LENGTHS)
+    costs, at = measure_costs(engine.runner, [graph], cases, ROUNDS, quantile=0.5), round(context)
+    drafts = [Cost(graph, 1, 1, at, draw_curve(costs, graph, at)[1])]
+    return drafts + [Cost(FULL, 1, n, at, seconds) for n, seconds in draw_verifying(costs, at).items()]
+
+
+def make_steps(before: Sequence[Cost], after: Sequence[Cost], own: tuple[float, float]) -> Steps:
+    """The mean of two timings, one on each side of what they predict. own: see `Steps`."""
+    draft, *full = ((a.tokens, (a.seconds + b.seconds) / 2) for a, b in zip(before, after, strict=True))
+    return Steps(draft[1], dict(full), *own)
 
 
 def predict_tokens(accepted: Sequence[float], length: float) -> float:
@@ -43,50 +92,74 @@ def predict_tokens(accepted: Sequence[float], length: float) -> float:
     return float(np.interp(length, range(len(expected)), expected))
 
 
-def predict_seconds(full: np.ndarray, draft: np.ndarray, length: float) -> float:
-    """Of such a cycle; full, draft: seconds of a pass over so many tokens."""
-    return length * float(draft[1]) + float(np.interp(length + 1, range(len(full)), full))
+@dataclass(frozen=True)
+class Run:
+    """A text: what ran, its tokens, the seconds of all of it."""
+
+    ran: Ran
+    tokens: int
+    seconds: float
 
 
 def run_in_turn(
-    contestants: dict[str, tuple[Engine, Mode]], prompts: list[list[int]], name: str, temperature: float, tokens: int
-) -> dict[str, list[tuple[Ran, int, float]]]:
-    """Every prompt through every contestant, the order rotating, after one of warm-up: what ran, tokens, seconds."""
-    runs: dict[str, list[tuple[Ran, int, float]]] = {each: [] for each in contestants}
+    contestants: Mapping[str, tuple[Engine, Mode]],
+    prompts: Sequence[list[int]],
+    name: str,
+    temperature: float,
+    tokens: int,
+) -> dict[str, list[Run]]:
+    """Every prompt through every contestant, the order rotating. A class that an engine does not have is `pooled`'s."""
+    runs: dict[str, list[Run]] = {each: [] for each in contestants}
     names = list(contestants)
-    for number, prompt in enumerate([prompts[0], *prompts]):
+    for number, prompt in enumerate(prompts):
         turn = number % len(names)
         for each in names[turn:] + names[:turn]:
             engine, mode = contestants[each]
-            request = Request(str(number), prompt, SamplingParams(temperature), tokens, mode=mode, class_name=name)
+            known, params = name if name in engine.classes else None, SamplingParams(temperature)
+            request = Request(str(number), prompt, params, tokens, mode=mode, class_name=known)
             started = time.perf_counter()
             ids, ran = run_engine(engine, request)
-            if number:
-                runs[each].append((ran, len(ids), time.perf_counter() - started))
+            runs[each].append(Run(ran, len(ids), time.perf_counter() - started))
     return runs
 
 
-def rate(runs: list[tuple[Ran, int, float]]) -> float:
+def rate(runs: Sequence[Run]) -> float:
     """Tokens per second."""
-    return sum(n for _, n, _ in runs) / sum(s for _, _, s in runs)
+    return sum(run.tokens for run in runs) / sum(run.seconds for run in runs)
 
 
-def compare(rans: Sequence[Ran], accepted: Sequence[float], full: np.ndarray, draft: np.ndarray) -> dict[str, Any]:
+def compare(rans: Sequence[Ran], accepted: Sequence[float], steps: Steps) -> dict[str, Any]:
     """Prediction and realisation of the cycles that drafted."""
     cycles, drafted = sum(r.drafts for r in rans), sum(r.drafted for r in rans)
     if not cycles:
         return {"bypassed": sum(r.bypass is not None for r in rans)}
     mean = drafted / cycles
-    tokens = (predict_tokens(accepted, mean), 1 + sum(r.accepted for r in rans) / cycles)
-    seconds = (predict_seconds(full, draft, mean), sum(r.seconds for r in rans) / cycles)
-    row: dict[str, Any] = {"cycles": cycles, "drafts": round(mean, 2)}
-    for what, (predicted, realised) in {"tokens": tokens, "ms": (seconds[0] * 1e3, seconds[1] * 1e3)}.items():
-        row |= {
-            f"predicted_{what}": round(predicted, 3),
-            f"realised_{what}": round(realised, 3),
-            f"off_{what}": round(realised / predicted - 1, 3),
-        }
-    return row
+    # The first token is the prompt's; where no draft had room plain steps brought the last ones.
+    plain = sum(max(0, r.tokens - 1 - r.drafts - r.accepted) for r in rans)
+    seconds = (sum(r.seconds for r in rans) - plain * steps.plain) / cycles
+    expected, realised = predict_tokens(accepted, mean), 1 + sum(r.accepted for r in rans) / cycles
+    low, high = bootstrap_tokens(rans)
+    return {
+        "cycles": cycles,
+        "drafts": round(mean, 2),
+        "predicted_tokens": round(expected, 3),
+        "realised_tokens": round(realised, 3),
+        "off_tokens": round(realised / expected - 1, 3),
+        "off_between": (round(low / expected - 1, 3), round(high / expected - 1, 3)),
+        "predicted_ms": round(steps.cycle(mean) * 1e3, 3),
+        "realised_ms": round(seconds * 1e3, 3),
+        "off_ms": round(seconds / steps.cycle(mean) - 1, 3),
+        "own_ms": round(steps.own_drafting * 1e3, 3),
+    }
+
+
+def bootstrap_tokens(rans: Sequence[Ran]) -> tuple[float, float]:
+    """95 % interval of the realised tokens per cycle."""
+    counts = np.array([(r.accepted, r.drafts) for r in rans])
+    draws = np.random.default_rng(0).integers(len(counts), size=(_DRAWS, len(counts)))
+    accepted, cycles = counts[draws].sum(1).T
+    low, high = np.percentile(1 + accepted / np.maximum(cycles, 1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def main() -> None:
@@ -101,9 +174,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="most tokens per prompt (default %(default)s)")
     arguments = parser.parse_args()
     load = require_idle()
-    fixed, checkpoint = build_engine(arguments.model, options=Options(draft_length=arguments.draft_length))
+    fixed, checkpoint = build_engine(
+        arguments.model, options=Options(draft_length=arguments.draft_length, prefix_cache=False)
+    )
     served, _ = build_engine(arguments.model)
-    tables = {graph: fixed.cost.table(graph).copy() for graph in fixed.runner.graphs}  # before live passes move them
     contestants = {"full": (served, Mode.FULL), "served": (served, Mode.EXACT), "fixed": (fixed, Mode.EXACT)}
     if arguments.beside:
         contestants["beside"] = (build_engine(arguments.model, arguments.beside)[0], Mode.EXACT)
@@ -112,18 +186,20 @@ def main() -> None:
     for name in arguments.classes:
         texts = read_prompts(name, arguments.prompts, UNUSED)
         prompts = [cut_prompt(checkpoint.tokenizer(text)["input_ids"]) for text in texts]
+        trial = run_in_turn(contestants, prompts[:WARMUP], name, arguments.temperature, arguments.tokens)
+        own = served.cost.own(1, drafting=False), fixed.cost.own(1, drafting=True)
+        context = np.mean([len(prompt) for prompt in prompts]) + np.mean([run.tokens for run in trial["fixed"]]) / 2
+        before = time_steps(fixed, name, float(context))
         runs = run_in_turn(contestants, prompts, name, arguments.temperature, arguments.tokens)
+        steps = make_steps(before, time_steps(fixed, name, float(context)), own)
         row: dict[str, Any] = {"class": name, "n": len(prompts)}
         row |= {each: round(rate(runs[each]) / rate(runs["full"]), 3) for each in contestants if each != "full"}
         measured = read_manifest(folder / name).measured
-        own = measured.on_policy.get(f"{arguments.temperature:g}")
-        row["a_i from"] = "texts" if own is None else "own text"
-        accepted = measured.accepted if own is None else own.accepted
-        results.append(row | compare([ran for ran, _, _ in runs["fixed"]], accepted, tables[FULL], tables[name]))
-    table = Table(*results[0])
-    for row in results:
-        table.add_row(*map(str, row.values()))
-    Console(width=200).print(table)
+        own_text = measured.on_policy.get(f"{arguments.temperature:g}")
+        row["a_i from"] = "texts" if own_text is None else "own text"
+        accepted = measured.accepted if own_text is None else own_text.accepted
+        results.append(row | compare([run.ran for run in runs["fixed"]], accepted, steps))
+    show(results, list(results[0]))
     mean = float(np.exp(np.mean([np.log(row["served"]) for row in results])))
     finish(
         {

@@ -17,6 +17,7 @@ from rich.text import Text
 from strace.checkpoint import EMBEDDED
 from strace.controls import UNITS
 from strace.costs import (
+    SETTLE,
     TYPICAL,
     CostTable,
     count_blocks,
@@ -221,8 +222,17 @@ def _show_costs(table: CostTable, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(_tabulate_steps(table), _tabulate_full(table), _tabulate_drafts(table))
-    rates = (f"{n / seconds:,.0f} tokens/s over {n} tokens" for n, seconds in table.prefill.items())
-    console.print(Text(f"  prefill: {', '.join(rates)}"), soft_wrap=True)
+    console.print(Text(f"  prefill: {_tell_prefill(table)}"), soft_wrap=True)
+
+
+def _tell_prefill(table: CostTable) -> str:
+    """Tokens/s, and multiplications/s beside those of a large product."""
+    rates = []
+    for tokens, pass_ in table.prefill.items():
+        macs = pass_.macs / pass_.seconds
+        share = f" ({macs / table.peak:.0%} of bf16's {table.peak / 1e9:.0f})" if table.peak else ""
+        rates.append(f"{tokens / pass_.seconds:,.0f} tokens/s over {tokens} tokens, {macs / 1e9:.1f} GMAC/s{share}")
+    return "; ".join(rates)
 
 
 def _make_table(title: str, *columns: str) -> Table:
@@ -274,7 +284,8 @@ def _tabulate_full(table: CostTable) -> Table:
 
 def _tabulate_drafts(table: CostTable) -> Table:
     """ms of every draft step, and c, over the full step of the same texts."""
-    seconds = {(c.graph, c.context, c.sequences): c.seconds for c in table.costs if c.tokens == 1}
+    passes = [cost for cost in table.costs if cost.tokens == 1 and cost.graph != SETTLE]
+    seconds = {(c.graph, c.context, c.sequences): c.seconds for c in passes}
     texts = sorted({sequences for _, _, sequences in seconds})
     shown = _make_table("Draft step, ms and c, by texts", "graph", "after", *map(str, texts))
     for graph, context in sorted({(graph, context) for graph, context, _ in seconds if graph != FULL}):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import platform
 import time
 from collections import defaultdict
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from strace.decoder import Decoder
-from strace.draft import plan_steps
+from strace import native
+from strace.decoder import Decoder, Layer
+from strace.draft import TIMING, Held, plan_steps
 from strace.files import cache_folder, write_beside
 from strace.kv import BLOCK, Batch, KVCache
 from strace.linear import Linear
@@ -35,6 +37,8 @@ ROUNDS = 8
 _MOST = 64  # tokens of one pass
 STEPS = 6  # draft steps timed in one call: about as many as a served draft has, for they share what the call costs
 _QUANTILE = 0.25  # other load on the machine only ever adds time
+_SQUARE = 2048  # rows and columns of the product by which the matrix peak is found
+SETTLE = "settle"  # beside the graphs: what the rows of a full pass make of its drafts
 
 
 class Case(NamedTuple):
@@ -47,7 +51,8 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one pass of `graph` over `tokens` of each of `sequences` texts, after `context` tokens of each."""
+    """Seconds of one pass of `graph` over `tokens` of each of `sequences` texts, after `context` tokens of each; of
+    `SETTLE`, of judging that pass's drafts at temperature 1, all of which stand."""
 
     graph: str
     sequences: int
@@ -80,29 +85,45 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """The full model's pass over a prompt: seconds, and the multiplications of its products, attention's among them."""
+
+    seconds: float
+    macs: int
+
+
+@dataclass(frozen=True)
 class CostTable:
-    """The costs measured in a setting. bandwidth: bytes/s at which this machine reads memory. prefill: seconds of the
-    full model's pass over a prompt, by its tokens."""
+    """The costs measured in a setting. bandwidth: bytes/s at which this machine reads memory, the best of the rounds in
+    which the costs were measured. prefill: by the tokens of the prompt. peak: multiplications/s of a large product in
+    bf16."""
 
     setting: Setting
     date: str
     bandwidth: float
     costs: list[Cost]
-    prefill: dict[int, float]
+    prefill: dict[int, Prefill]
+    peak: float = 0.0
 
 
 def draw_curve(costs: Iterable[Cost], graph: str, context: int = TYPICAL) -> dict[int, float]:
-    """Seconds of one pass by tokens: of the full model over tokens of one text, of a draft over a token of each of so
-    many texts. Linear between the contexts measured."""
+    """Seconds of one pass by tokens: of the full model, or of judging, over tokens of one text, of a draft over a token
+    of each of so many texts. Linear between the contexts measured."""
     by_size: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for cost in costs:
-        if cost.graph == graph and (graph != FULL or cost.sequences == 1):
+        if cost.graph == graph and (graph not in (FULL, SETTLE) or cost.sequences == 1):
             by_size[cost.sequences * cost.tokens].append((cost.context, cost.seconds))
     seconds = {}
     for n, points in by_size.items():
         contexts, values = zip(*sorted(points), strict=True)
         seconds[n] = float(np.interp(context, contexts, values))
     return seconds
+
+
+def draw_verifying(costs: Sequence[Cost], context: int = TYPICAL) -> dict[int, float]:
+    """As `draw_curve` of the full model, each pass with the judging of its drafts, where that was timed."""
+    settle = draw_curve(costs, SETTLE, context)
+    return {n: seconds + settle.get(n, 0.0) for n, seconds in draw_curve(costs, FULL, context).items()}
 
 
 def list_cases(
@@ -118,10 +139,10 @@ def list_cases(
 
 def measure_table(runner: Runner, setting: Setting, watch: Callable[[float], None] = lambda share: None) -> CostTable:
     """Measure all there is to say of `runner`, which has a draft and an empty cache. watch: hears the share done."""
-    limit = text_limit(runner)
-    costs = measure_costs(runner, list_drafts(runner), list_cases(limit), watch=watch)
-    bandwidth = read_bandwidth(torch.device(setting.device))
-    return CostTable(setting, stamp(), bandwidth, costs, measure_prefill(runner, limit))
+    limit, meter = text_limit(runner), ReadMeter(setting.device)
+    costs = measure_costs(runner, list_drafts(runner), list_cases(limit), watch=watch, meter=meter)
+    prefill, peak = measure_prefill(runner, limit), matrix_peak(setting.device)
+    return CostTable(setting, stamp(), meter.best, costs, prefill, peak)
 
 
 def stamp() -> str:
@@ -138,13 +159,18 @@ def measure_costs(
     budget: float = math.inf,
     watch: Callable[[float], None] = lambda share: None,
     clock: Callable[[], float] = time.perf_counter,
+    meter: ReadMeter | None = None,
+    quantile: float = _QUANTILE,
 ) -> list[Cost]:
     """Time `cases` in the alternation of serving: a few steps of one of the `drafts` (at least one), then one full
-    pass.
+    pass, whose drafts are judged. A pass over one token of each text follows another such, as it does where nobody
+    drafts.
 
     All cases and drafts take turns within a round, so that other load hits them alike, and lower quartiles over the
     rounds are taken, because it only ever adds time. Writes over the cache's first blocks: nothing may be stored there
     yet. rounds: default `ROUNDS`. budget: seconds after which no round is begun once there were two.
+    meter: takes a sample in each round, so that bytes/s of passes and of memory are of the same minutes.
+    quantile: of the times over the rounds.
     """
     _fill(runner.cache, count_blocks(cases))
     samples: dict[tuple[str, Case], list[float]] = defaultdict(list)
@@ -157,28 +183,43 @@ def measure_costs(
                 if turn:  # the first round warms up
                     samples[key].append(seconds)
             watch((turn + (number + 1) / len(cases)) / (rounds + 1))
-    quantile = {key: float(np.quantile(times, _QUANTILE, method="lower")) for key, times in samples.items()}
-    return [Cost(graph, *case, seconds) for (graph, case), seconds in quantile.items()]
+        if meter is not None:
+            meter.sample()
+    taken = {key: float(np.quantile(times, quantile, method="lower")) for key, times in samples.items()}
+    return [Cost(graph, *case, seconds) for (graph, case), seconds in taken.items()]
 
 
 def _time_cycles(
     runner: Runner, drafts: Sequence[str], case: Case, clock: Callable[[], float]
 ) -> Iterator[tuple[tuple[str, Case], float]]:
-    """Per draft: its steps, then the full pass."""
-    step = Case(case.sequences, 1, case.context)
+    """Per draft: its steps, then the full pass and the verdicts on what it was over."""
+    step, full = Case(case.sequences, 1, case.context), runner.graphs[FULL]
     block, first = _dummy(case, runner.cache.blocks), _dummy(step, runner.cache.blocks)
+    rows, plan = list(range(len(block.tokens))), plan_steps(case.sequences, STEPS)
+    held = _hold(case, full.spec.vocabulary)
     for graph in drafts:
         begun = clock()
-        runner.draft(graph, first, plan_steps(case.sequences, STEPS))
+        runner.draft(graph, first, plan)
         yield (graph, step), (clock() - begun) / STEPS
+        if case.tokens == 1:
+            runner.forward(FULL, block, rows)
         begun = clock()
-        runner.forward(FULL, block, list(range(len(block.tokens))))
-        yield (FULL, case), clock() - begun
+        logits = runner.forward(FULL, block, rows)
+        read = clock()
+        runner.verify(logits, held)
+        yield (SETTLE, case), clock() - read
+        yield (FULL, case), read - begun
+
+
+def _hold(case: Case, vocabulary: int) -> list[Held]:
+    """Drafts of token 0 for all rows but each text's last one, drawn with a probability of 0, so that all stand."""
+    q = torch.zeros(case.tokens - 1, vocabulary)
+    return [Held(s * case.tokens, [0] * (case.tokens - 1), q, TIMING) for s in range(case.sequences)]
 
 
 @torch.inference_mode()
-def measure_prefill(runner: Runner, limit: int) -> dict[int, float]:
-    """Seconds of the full model's pass over a prompt, by its tokens: the best of a few."""
+def measure_prefill(runner: Runner, limit: int) -> dict[int, Prefill]:
+    """The full model's pass over a prompt, by its tokens: the best of a few."""
     found = {}
     for tokens in sorted({min(tokens, limit) for tokens in PROMPTS}):
         times = []
@@ -186,8 +227,30 @@ def measure_prefill(runner: Runner, limit: int) -> dict[int, float]:
             begun = time.perf_counter()
             runner.forward(FULL, _dummy(Case(1, tokens, 0), runner.cache.blocks), [tokens - 1])
             times.append(time.perf_counter() - begun)
-        found[tokens] = min(times)
+        found[tokens] = Prefill(min(times), count_macs(runner.graphs[FULL], tokens))
     return found
+
+
+def count_macs(full: Decoder, tokens: int) -> int:
+    """Multiplications of the products of a pass over a whole prompt, of which only the last row's logits are wanted;
+    sliding windows and norms are left out."""
+    linears = [linear for layer in full.layers for linear in list_linears(layer)]
+    heads = sum(layer.attention.heads for layer in full.layers if layer.attention is not None)
+    attention = heads * full.spec.head_dim * tokens * (tokens + 1)  # two products over half of a square
+    rows, columns = full.head.shape
+    return tokens * sum(n * k for n, k in (linear.shape for linear in linears)) + attention + rows * columns
+
+
+def matrix_peak(device: torch.device | str = "cpu", rounds: int = 12) -> float:
+    """Multiplications/s of one large product in bf16 by torch, whose library is the processor's maker's: the best of a
+    few."""
+    square = torch.ones(_SQUARE, _SQUARE, dtype=torch.bfloat16, device=device)
+    times = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        (square @ square)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - begun)
+    return float(_SQUARE**3 / min(times))
 
 
 def list_drafts(runner: Runner) -> list[str]:
@@ -223,16 +286,57 @@ def _fill(cache: KVCache, blocks: int) -> None:
         entries[:blocks].fill_(0.5)
 
 
-def read_bandwidth(device: torch.device | str = "cpu", megabytes: int = 1024, rounds: int = 5) -> float:
-    """bytes/s at which all threads of torch stream memory that no cache holds: the best of a few sums."""
-    block = torch.ones(megabytes * 2**20 // 8, dtype=torch.float64, device=device)
-    block.sum().item()
-    times = []
-    for _ in range(rounds):
+class ReadMeter:
+    """How fast all threads read memory that no cache holds: the most that a pass can read at."""
+
+    def __init__(self, device: torch.device | str = "cpu", megabytes: int = 1024) -> None:
+        self._device = torch.device(device)
+        size = megabytes << 20
+        if self._device.type == "cpu":
+            memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # as the weights lie
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._block = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
+        else:
+            self._block = torch.ones(size // 4, device=self._device)
+        self.samples: list[float] = []
+
+    def sample(self) -> float:
+        """bytes/s of reading all of it once, now."""
+        rate = self._read_natively() or self._read_by_torch()
+        self.samples.append(rate)
+        return rate
+
+    @property
+    def best(self) -> float:
+        """bytes/s: the best so far, for other load on the machine only ever slows."""
+        return max(self.samples)
+
+    def _read_natively(self) -> float | None:
+        """By the native library; torch's sum is bound by more than memory on some CPUs."""
+        if self._device.type != "cpu":
+            return None
+        try:
+            library = native.load()
+        except native.NativeError:
+            return None
+        return native.check(
+            library.st_read_bandwidth(torch.get_num_threads(), self._block.data_ptr(), self._block.nbytes)
+        )
+
+    def _read_by_torch(self) -> float:
         started = time.perf_counter()
-        block.sum().item()  # waits for the device
-        times.append(time.perf_counter() - started)
-    return block.nbytes / min(times)
+        self._block.sum().item()  # waits for the device
+        return self._block.nbytes / (time.perf_counter() - started)
+
+
+def read_bandwidth(device: torch.device | str = "cpu", megabytes: int = 1024, rounds: int = 8) -> float:
+    """bytes/s at which all threads read memory that no cache holds: the best of a few times."""
+    meter = ReadMeter(device, megabytes)
+    meter.sample()
+    for _ in range(rounds):
+        meter.sample()
+    return meter.best
 
 
 def describe_setting(runner: Runner, weight_hash: str) -> Setting:
@@ -253,10 +357,15 @@ def describe_setting(runner: Runner, weight_hash: str) -> Setting:
 
 
 def _describe_graph(graph: Decoder) -> Graph:
-    parts = [part for layer in graph.layers for part in (layer.attention, layer.mlp) if part is not None]
-    linears = [linear for part in parts for linear in vars(part).values() if isinstance(linear, Linear)]
+    linears = [linear for layer in graph.layers for linear in list_linears(layer)]
     formats = sorted({linear.format for linear in (*linears, graph.head)})
     return Graph(" ".join(formats), graph.bytes_per_step)
+
+
+def list_linears(layer: Layer) -> list[Linear]:
+    """A layer's matrices."""
+    parts = [part for part in (layer.attention, layer.mlp) if part is not None]
+    return [linear for part in parts for linear in vars(part).values() if isinstance(linear, Linear)]
 
 
 def name_processor(device: torch.device | str = "cpu") -> str:

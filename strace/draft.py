@@ -106,12 +106,14 @@ class DraftPlan:
     rule: GainRule
 
 
+TIMING = Sampler(SamplingParams(temperature=1.0), Noise(0, shared=False), 0)  # of what is drawn for its time alone
+
+
 def plan_steps(sequences: int, steps: int) -> DraftPlan:
-    """So many greedy tokens for each sequence: for timing."""
+    """So many tokens for each sequence, drawn at temperature 1: for timing."""
     nothing = np.zeros(2)
     rule = GainRule(nothing, nothing, 0.0, 0, nothing, np.zeros(0, dtype=np.int64), always=True)
-    sampler = Sampler(SamplingParams(temperature=0.0), Noise(0, shared=False), 0)
-    return DraftPlan([sampler] * sequences, [DraftLimits(steps, 0, steps, np.inf)] * sequences, rule)
+    return DraftPlan([TIMING] * sequences, [DraftLimits(steps, 0, steps, np.inf)] * sequences, rule)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from strace.costs import (
     count_blocks,
     describe_setting,
     draw_curve,
+    draw_verifying,
     list_cases,
     load_table,
     measure_costs,
@@ -35,7 +36,7 @@ from strace.layers import map_layers
 from strace.linear import Codes, Linear
 from strace.runner import FULL
 
-LENGTHS = (1, 2, 4, 9)  # tokens of the full passes timed; 9 verifies the longest draft
+LENGTHS = (1, 2, 4, 5, 6, 7, 9)  # tokens of the full passes timed; 9 verify the longest draft
 # Shares of the attention layers, neurons and head rows of the shapes timed: they span what plans may keep.
 SHAPES = ((1, 1, 1), (1, 1 / 2, 1 / 2), (1, 1 / 4, 1 / 4), (1, 1 / 4, 1), (1 / 2, 1 / 2, 1 / 2))
 ROUNDS = 30
@@ -84,7 +85,7 @@ def project_table(table: CostTable) -> Projection:
     Raises:
         ValueError: for a table without full passes or without drafts.
     """
-    setting, full = table.setting, draw_curve(table.costs, FULL)
+    setting, full = table.setting, draw_verifying(table.costs)
     drafts = {name: draw_curve(table.costs, name) for name in setting.graphs if name != FULL}
     if FULL not in setting.graphs or 1 not in full or not drafts or any(1 not in curve for curve in drafts.values()):
         raise ValueError("the costs of a projection are those of full passes and of drafts; some are missing")
@@ -166,4 +167,4 @@ def fit_costs(table: CostTable, graphs: Sequence[Decoder], names: Sequence[str])
     scale = rows.max(0)
     weights, _ = nnls(rows / scale / seconds[:, None], np.ones(len(seconds)))  # relative errors count
     fixed, sublayer, byte = (weights / scale).tolist()
-    return StepCosts((fixed, sublayer, byte), draw_curve(table.costs, FULL), table.setting.runner)
+    return StepCosts((fixed, sublayer, byte), draw_verifying(table.costs), table.setting.runner)

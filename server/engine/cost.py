@@ -10,11 +10,13 @@ import numpy as np
 
 from strace.classes import POOLED
 from strace.costs import (
+    SETTLE,
     TYPICAL,
     Case,
     Cost,
     describe_setting,
     draw_curve,
+    draw_verifying,
     list_cases,
     list_drafts,
     load_table,
@@ -24,7 +26,7 @@ from strace.costs import (
 from strace.draft import extrapolate
 from strace.runner import FULL, Runner
 
-POINTS = (1, 2, 4, 8)
+POINTS = (1, 2, 4, 5, 6, 7, 9)  # where kernels change; 9 judge the longest draft
 _TABLE = 64  # passes over more tokens are extrapolated
 _BUDGET = 1.5  # seconds of measuring at start, exceeded only where three rounds take longer
 _RATE = 0.05  # weight of one live pass, once there were some
@@ -33,7 +35,7 @@ _WILD = 2.0  # how far a slow pass is believed: a hiccup is no trend
 
 
 class CostModel:
-    """Seconds of one pass of each graph over n tokens.
+    """Seconds of one pass of each graph over n tokens, and of what the engine does beside them in a step.
 
     The shape over n is the one measured at start. The level follows live passes: the full model's moves all graphs, for
     then the machine has become faster or slower; a draft's moves its own.
@@ -44,6 +46,7 @@ class CostModel:
         self._tables = {graph: _interpolate(points) for graph, points in measured.items()}
         self._level = dict.fromkeys(measured, 1.0)
         self._seen = dict.fromkeys(measured, 0)
+        self._own: dict[tuple[int, bool], tuple[float, int]] = {}
 
     def table(self, graph: str) -> np.ndarray:
         """float64: seconds of one pass over so many tokens; `strace.draft.extrapolate` gives those beyond it."""
@@ -63,6 +66,7 @@ class CostModel:
         other._tables = {FULL: self._tables[FULL]} | {graph: step * share for graph, share in shares.items()}
         other._level = {FULL: self._level[FULL]} | dict.fromkeys(shares, 1.0)
         other._seen = {FULL: self._seen[FULL]} | dict.fromkeys(shares, 0)
+        other._own = self._own.copy()
         return other
 
     def observe(self, graph: str, passes: Iterable[int], seconds: float) -> None:
@@ -72,6 +76,16 @@ class CostModel:
         self._seen[graph] += 1
         least = _FASTER if ratio < 1 else _RATE
         self._level[graph] *= 1 + max(least, 1 / (2 + self._seen[graph])) * (ratio - 1)
+
+    def observe_own(self, batch: int, drafting: bool, seconds: float) -> None:
+        """Learn what a step over so many texts took beside its passes."""
+        mean, seen = self._own.get((batch, drafting), (seconds, 0))
+        share = max(_RATE, 1 / (1 + seen))
+        self._own[batch, drafting] = mean + share * (min(seconds, _WILD * mean) - mean), seen + 1
+
+    def own(self, batch: int, drafting: bool) -> float:
+        """Seconds that the engine takes itself in a step over so many texts; 0 until there was one."""
+        return self._own.get((batch, drafting), (0.0, 0))[0]
 
     def c(self, graph: str) -> float:
         """Draft step over full step, one sequence."""
@@ -101,8 +115,9 @@ def measure_start(runner: Runner, weight_hash: str) -> CostModel:
 
 
 def make_model(costs: Sequence[Cost]) -> CostModel:
-    """The model of all graphs that were measured, at a typical context."""
-    return CostModel({graph: draw_curve(costs, graph) for graph in {cost.graph for cost in costs}})
+    """The model of all graphs that were measured, at a typical context; a full pass is one with its verdicts."""
+    drafts = {cost.graph for cost in costs} - {FULL, SETTLE}
+    return CostModel({FULL: draw_verifying(costs)} | {graph: draw_curve(costs, graph) for graph in drafts})
 
 
 def list_start(limit: int) -> list[Case]:

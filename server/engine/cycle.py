@@ -43,11 +43,6 @@ class Passed:
     settling: list[Settling] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
 
-    @property
-    def rows(self) -> int:
-        """How many rows were wanted."""
-        return sum(map(len, self.spans.values()))
-
     def read_prompt(self, sequence: Sequence) -> None:
         """Let a text take its prompt's log-probabilities; the row that its next token follows from is left."""
         assert self.logits is not None
@@ -251,6 +246,11 @@ class Cycle:
             added += new
             if new > 1 and (key := self._keys.get(sequence)) is not None:
                 gained[key] += new - 1
+        drafting = sum(self._turn.drafting.values())
+        if FULL in self.spent.passes:
+            rows = len(before) + self._turn.drafted.total()
+            self.cost.observe(FULL, [rows], self.spent.seconds - drafting)
+            self.cost.observe_own(len(before), drafting > 0, seconds - self.spent.seconds)
         self.speculation.paced(added, len(before), seconds)
         self.guard.book(self._turn, seconds, gained)
 

@@ -402,14 +402,11 @@ class Engine:
         for sequence in drafted:
             if sequence.emitted:
                 self._deliver(sequence)
-        begun, passed = time.perf_counter(), self._full_pass(plan)
+        passed = self._full_pass(plan)
         for sequence, failure in self.cycle.settle(passed, plan).items():
             (self._end if isinstance(failure, Refused) else self._fail)([sequence], failure)
             plan.drop(sequence)
-        ended = time.perf_counter()
-        if passed.spans and not plan.chunks:
-            self.cost.observe(FULL, [passed.rows], ended - begun)
-        self._account(before, plan, not drafted, ended)
+        self._account(before, plan, not drafted, time.perf_counter())
         for sequence in plan.sequences:
             self.scheduler.seal(sequence)
             self._deliver(sequence)

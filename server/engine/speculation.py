@@ -60,10 +60,11 @@ class Speculation:
     def rule(self, graph: str, planned: int, batch: int) -> GainRule:
         """The rule for the drafts of one graph in this step. planned: tokens of the full pass without them. batch:
         sequences it decodes."""
+        full = self.cost.seconds(FULL, batch)  # a plain step at least is to be had
         return GainRule(
             full_seconds=self.cost.table(FULL),
             draft_seconds=self.cost.table(graph),
-            tokens_per_second=max(self._rate, 1.0) * batch / self.cost.seconds(FULL, batch),
+            tokens_per_second=max(self._rate / full, 1 / (full + self.cost.own(batch, drafting=False))) * batch,
             planned=planned,
             acceptance=self.calibrations[graph].acceptance,
             stop_ids=self._stop_ids,

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI = 5
+ABI = 6
 FORMATS = {"fp32": 1, "bf16": 2, "int8": 3, "int4": 4}
 NORMS = {"rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_pytorch_tanh": 3}
@@ -193,7 +193,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "st_pack_dense": (c_int32, [*[c_int32] * 3, c_void_p, c_void_p]),
     "st_pack_codes": (c_int32, [*[c_int32] * 3, c_void_p, c_void_p, c_void_p]),
     "st_multiply": (c_int32, [c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
-    "st_read_bandwidth": (c_double, [c_void_p, c_void_p, c_size_t]),
+    "st_read_bandwidth": (c_double, [c_int32, c_void_p, c_size_t]),
     "st_create": (c_void_p, [POINTER(Cache), c_int32]),
     "st_destroy": (None, [c_void_p]),
     "st_add_graph": (c_int32, [c_void_p, POINTER(GraphDescription)]),

@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "model.h"
+#include "vectors.h"
 
 using namespace strace;
 
@@ -96,17 +97,18 @@ int32_t st_multiply(st_runner *runner, const st_matrix *matrix, const float *x, 
   });
 }
 
-double st_read_bandwidth(st_runner *runner, const void *memory, size_t bytes) {
+double st_read_bandwidth(int32_t threads, const void *memory, size_t bytes) {
   constexpr size_t PIECE = 1 << 20;
-  const int pieces = static_cast<int>(bytes / PIECE);
-  std::atomic<uint64_t> total{0};
-  const auto start = std::chrono::steady_clock::now();
-  runner->pool.share(pieces, [&](int i, int) {
-    const auto *numbers = static_cast<const uint64_t *>(memory) + i * (PIECE / sizeof(uint64_t));
-    uint64_t sum = 0;
-    for (size_t k = 0; k < PIECE / sizeof(uint64_t); ++k) sum += numbers[k];
-    total += sum;  // used, so that the reads are not left out
+  return guarded(-1.0, [&] {
+    require(threads >= 1 && threads <= 1024 && bytes % PIECE == 0, "memory is read by 1 to 1024 threads, whole MiB");
+    Pool pool(threads);
+    const int pieces = static_cast<int>(bytes / PIECE);
+    std::atomic<int32_t> all{0};
+    const auto start = std::chrono::steady_clock::now();
+    pool.share(pieces, [&](int i, int) {
+      all ^= vectors().read(static_cast<const char *>(memory) + i * PIECE, PIECE);  // used, so that it is read
+    });
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    return static_cast<double>(bytes) / taken.count();
   });
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  return pieces * static_cast<double>(PIECE) / taken.count();
 }

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define ST_ABI 5 /* raised whenever a struct or a signature changes */
+#define ST_ABI 6 /* raised whenever a struct or a signature changes */
 
 /* fp32 and bf16 take activations of their own precision; int8 and int4 take int8 activations, one float32 scale per 32
  * (scale = max |x| / 127, round half to even). All accumulate in float32 (int8 products exactly, in int32, per 32). */
@@ -111,8 +111,8 @@ int32_t st_pack_dense(int32_t format, int32_t rows, int32_t columns, const void 
 int32_t st_pack_codes(int32_t format, int32_t rows, int32_t columns, const int8_t *codes, const uint16_t *scales, void *out);
 /* y [tokens, rows] = x [tokens, columns] W^T + b: what the runner's products are, for tests. */
 int32_t st_multiply(st_runner *runner, const st_matrix *matrix, const float *x, int32_t tokens, float *y);
-/* bytes/s at which all threads stream `bytes` of memory. */
-double st_read_bandwidth(st_runner *runner, const void *memory, size_t bytes);
+/* bytes/s at which so many threads read memory once, whole MiB of it: what no pass can outdo. Negative: it failed. */
+double st_read_bandwidth(int32_t threads, const void *memory, size_t bytes);
 
 st_runner *st_create(const st_cache *cache, int32_t threads);
 void st_destroy(st_runner *runner);

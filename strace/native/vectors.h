@@ -51,6 +51,8 @@ struct Vectors {
   void (*weigh)(int size, float most, float temperature, const float *x, float *weights);
   // token: the entry's number.
   st_summary (*summarise)(const float *logits, int count);
+  // Reads all of it and does next to nothing else; the numbers' xor. bytes: a multiple of 512.
+  int32_t (*read)(const void *memory, size_t bytes);
 };
 
 // Of the same instruction set as kernels().

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import peers
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from workers import PEERS_PYTHON, start
 
 from strace.checkpoint import open_checkpoint, resolve
+from strace.costs import ReadMeter
 from strace.gguf import convert
 from tests.tiny import save_tiny
 
@@ -65,6 +67,17 @@ def test_nothing_guesses_tokens_of_random_weights(tmp_path: Path) -> None:
     assert processes["strace full bf16"] == processes["strace routed subgraphs"] != processes["strace exact int4 draft"]
 
 
+def test_apart_every_other_engine_meets_ours_alone(tmp_path: Path) -> None:
+    entries = list_entries(Model("Qwen3-0.6B", "folder", tmp_path, (0,), {}), threads=2)
+    assert peers.list_groups(entries, apart=False) == [entries]
+    groups = peers.list_groups(entries, apart=True)
+    assert [{entry.engine for entry in group} for group in groups] == [
+        {"strace", other} for other in ("transformers", "llama.cpp", "openvino")
+    ]
+    assert {entry.name for group in groups for entry in group} == {entry.name for entry in entries}
+    assert peers.list_groups(groups[0], apart=True) == [groups[0]]
+
+
 def test_shape_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setitem(shapes.SHAPES, "tiny", LlamaConfig(vocab_size=9000, bos_token_id=0, eos_token_id=0, **sizes))
@@ -78,7 +91,7 @@ def test_shape_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_engines_take_turns_on_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "read_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr(peers, "ReadMeter", partial(ReadMeter, megabytes=4))
     folder = str(save_tiny(tmp_path / "tiny"))
     model = Model("Qwen3-0.6B", folder, tmp_path, (257,), {"random": [PROMPT, PROMPT[::-1]]})
     entries = [entry for entry in list_entries(model, threads=1) if entry.engine in ("strace", "transformers")][::2]

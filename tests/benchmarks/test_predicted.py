@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import modes
-import numpy as np
 import predicted
 import pytest
 
 from server.engine.request import Mode, Ran
+from strace.costs import Cost
+from strace.runner import FULL
 
 BENCHMARKS = Path(predicted.__file__).parent
 
@@ -20,18 +21,34 @@ def test_a_cycle_is_its_drafts_and_one_pass() -> None:
     assert predicted.predict_tokens(accepted, 0) == 1
     assert predicted.predict_tokens(accepted, 2) == pytest.approx(1 + 0.9 + 0.72)
     assert predicted.predict_tokens(accepted, 2.5) == pytest.approx(1 + 0.9 + 0.72 + 0.18)
-    full, draft = np.array([0.0, 1.0, 1.2, 1.4, 1.6]), np.array([0.0, 0.3, 0.4])
-    assert predicted.predict_seconds(full, draft, 3) == pytest.approx(0.9 + 1.6)
+    steps = predicted.Steps(0.3, {1: 1.0, 2: 1.2, 4: 1.6}, own_plain=0.1, own_drafting=0.2)
+    assert steps.plain == pytest.approx(1.1)
+    assert steps.cycle(3) == pytest.approx(0.9 + 1.6 + 0.2)
+    assert steps.cycle(1.5) == pytest.approx(0.45 + 1.3 + 0.2)
+
+
+def test_steps_are_timed_on_both_sides() -> None:
+    def costs(scale: float) -> list[Cost]:
+        return [Cost("code", 1, 1, 64, 0.1 * scale), *(Cost(FULL, 1, n, 64, n * scale) for n in (1, 4))]
+
+    assert predicted.make_steps(costs(1.0), costs(3.0), (0.5, 0.7)) == predicted.Steps(0.2, {1: 2.0, 4: 8.0}, 0.5, 0.7)
 
 
 def test_what_was_predicted_stands_beside_what_happened() -> None:
-    ran = Ran(Mode.EXACT, "code", 10, drafts=4, drafted=8, accepted=6, seconds=8.0)
-    full, draft = np.array([0.0, 1.0, 1.2, 1.4]), np.array([0.0, 0.3])
-    row = predicted.compare([ran, ran], [0.9, 0.8], full, draft)
+    steps = predicted.Steps(0.3, {1: 1.0, 2: 1.2, 3: 1.4}, own_plain=0.5, own_drafting=0.2)
+    ran = Ran(Mode.EXACT, "code", 10, tokens=12, drafts=4, drafted=8, accepted=6, seconds=10.3)  # a plain step ended it
+    row = predicted.compare([ran, ran], [0.9, 0.8], steps)
     assert (row["cycles"], row["drafts"]) == (8, 2.0)
     assert (row["predicted_tokens"], row["realised_tokens"]) == (2.62, 2.5)
-    assert (row["predicted_ms"], row["realised_ms"], row["off_ms"]) == (2000.0, 2000.0, 0.0)
-    assert predicted.compare([Ran(Mode.EXACT, "code", 10, bypass="why")], [0.9], full, draft) == {"bypassed": 1}
+    assert row["off_between"] == (row["off_tokens"],) * 2, "two equal texts do not spread"
+    assert (row["predicted_ms"], row["realised_ms"], row["off_ms"]) == (2200.0, 2200.0, 0.0)
+    assert predicted.compare([Ran(Mode.EXACT, "code", 10, bypass="why")], [0.9], steps) == {"bypassed": 1}
+
+
+def test_the_interval_is_over_texts() -> None:
+    rans = [Ran(Mode.EXACT, "code", 10, drafts=10, drafted=40, accepted=n) for n in (20, 30, 40) * 8]
+    low, high = predicted.bootstrap_tokens(rans)
+    assert 3.5 < low < 4.0 < high < 4.5
 
 
 @pytest.mark.parametrize("name", modes.CLASSES)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from strace import cli, costs
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.cli import app
 from strace.costs import (
+    SETTLE,
     STEPS,
     Case,
     Cost,
     CostTable,
+    Prefill,
+    ReadMeter,
     count_blocks,
+    count_macs,
     describe_setting,
     draw_curve,
+    draw_verifying,
     list_cases,
     load_table,
     measure_costs,
@@ -29,10 +37,10 @@ from strace.costs import (
     save_table,
     text_limit,
 )
-from strace.draft import Draft, DraftPlan
+from strace.draft import Draft, DraftPlan, Held, Verdict
 from strace.graphs import RUNNERS, make_runner
-from strace.kv import Batch, KVCache
-from strace.runner import FULL, Runner
+from strace.kv import Batch, KVCache, make_cache
+from strace.runner import FULL, Runner, TorchRunner
 from tests.tiny import save_tiny
 
 
@@ -54,12 +62,14 @@ def make_tiny_runner(model: Path, blocks: int = 16) -> Runner:
 
 
 class Timed:
-    """A runner on a clock of its own; its first and every fifth full pass are disturbed. log: graph and tokens of every
-    pass."""
+    """A runner on a clock of its own; its first and every seventh full pass are disturbed. log: graph and tokens of
+    every pass."""
 
     def __init__(self) -> None:
         self.now, self.passes = 0.0, 0
+        self.graphs = {FULL: SimpleNamespace(spec=SimpleNamespace(vocabulary=3))}
         self.log: list[tuple[str, int]] = []
+        self.judged: list[tuple[int, int]] = []
         self.cache = KVCache([torch.zeros(8, 1, 1, 1)], [torch.zeros(8, 1, 1, 1)])
 
     def clock(self) -> float:
@@ -70,7 +80,7 @@ class Timed:
         assert int(batch.tables.max()) < self.cache.blocks
         self.passes += 1
         self.log.append((graph, len(batch.tokens)))
-        self.now += 0.1 + 0.01 * len(batch.tokens) + (5.0 if self.passes == 1 or self.passes % 5 == 0 else 0.0)
+        self.now += 0.1 + 0.01 * len(batch.tokens) + (5.0 if self.passes == 1 or self.passes % 7 == 0 else 0.0)
         return torch.zeros(len(rows), 3)
 
     def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
@@ -80,6 +90,11 @@ class Timed:
         self.now += 0.03 * steps
         return [Draft([0] * steps, [1.0] * steps, None) for _ in batch.counts]
 
+    def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
+        self.judged += [(text.row, len(text.tokens)) for text in held]
+        self.now += 0.002 * len(logits)
+        return [Verdict([*text.tokens, 0], []) for text in held]
+
 
 CASES = [Case(1, 1, 60), Case(1, 8, 60), Case(4, 1, 60)]
 
@@ -87,8 +102,10 @@ CASES = [Case(1, 1, 60), Case(1, 8, 60), Case(4, 1, 60)]
 def test_drafts_and_full_passes_alternate() -> None:
     runner = Timed()
     measure_costs(runner, ["code", "math"], CASES, rounds=1, clock=runner.clock)
-    passes = [[("code", STEPS), (FULL, n), ("math", STEPS), (FULL, n)] for n in (1, 8, 4)]
-    assert runner.log == 2 * [each for case in passes for each in case]
+    passes = [[(FULL, 1)] * 2, [(FULL, 8)], [(FULL, 4)] * 2]  # a pass over one token of each text follows another
+    assert runner.log == 2 * [step for full in passes for name in ("code", "math") for step in ((name, STEPS), *full)]
+    turn = [(0, 0)] * 2 + [(0, 7)] * 2 + [(0, 0), (1, 0), (2, 0), (3, 0)] * 2
+    assert runner.judged == 2 * turn
 
 
 def test_a_disturbed_pass_does_not_count() -> None:
@@ -99,13 +116,15 @@ def test_a_disturbed_pass_does_not_count() -> None:
     assert seconds[FULL, 1, 8] == pytest.approx(0.18)
     assert seconds[FULL, 4, 1] == pytest.approx(0.14)
     assert seconds["code", 4, 1] == seconds["code", 1, 1] == pytest.approx(0.03)
+    assert seconds[SETTLE, 1, 8] == pytest.approx(0.016)
+    assert draw_verifying(found)[8] == pytest.approx(0.196)
 
 
 def test_measuring_ends_with_its_rounds_or_its_budget_but_not_before_the_second() -> None:
-    for budget, rounds in ((1e9, 8), (0.0, 2), (13.0, 3)):
+    for budget, rounds in ((1e9, 8), (0.0, 2), (19.0, 3)):
         runner, shares = Timed(), []
         measure_costs(runner, ["code"], CASES, 8, budget, shares.append, runner.clock)
-        assert runner.passes == 3 * (rounds + 1)
+        assert runner.passes == 5 * (rounds + 1)
         assert shares == sorted(shares)
         assert shares[-1] == pytest.approx((rounds + 1) / 9)
 
@@ -143,9 +162,28 @@ def test_a_table_says_what_was_measured(model: Path, monkeypatch: pytest.MonkeyP
     assert min(c.seconds for c in table.costs) > 0
     assert sorted(table.prefill) == [128, 256]
     assert table.bandwidth > 1e8
+    assert all(0 < prefill.macs / prefill.seconds < 100 * table.peak for prefill in table.prefill.values())
     graphs = table.setting.graphs
     assert (graphs[FULL].formats, graphs["pooled"].formats) == ("fp32", "int4")
     assert graphs["pooled"].bytes_per_step == runner.graphs["pooled"].bytes_per_step < graphs[FULL].bytes_per_step
+
+
+def test_memory_is_read_in_every_round() -> None:
+    runner, meter = Timed(), ReadMeter(megabytes=4)
+    measure_costs(runner, ["code"], CASES, rounds=3, clock=runner.clock, meter=meter)
+    assert len(meter.samples) == 4
+    assert meter.best == max(meter.samples) > 1e7
+
+
+def test_multiplications_of_a_prompt_are_those_of_its_products(model: Path) -> None:
+    """As torch counts them, to whom attention on the CPU is no product: two over half of a square are."""
+    full = load_decoder(open_checkpoint(str(model)), "fp32")
+    tokens, runner = 32, TorchRunner({FULL: full}, make_cache(full.spec, 1, torch.float32))
+    with FlopCounterMode(display=False) as counted:
+        zeros = torch.zeros(tokens, dtype=torch.int64)
+        runner.forward(FULL, Batch(zeros, [tokens], [0], zeros[None, :1]), [0])
+    attention = full.spec.layers * full.spec.heads * full.spec.head_dim * tokens * (tokens + 1)
+    assert count_macs(full, tokens) - attention == counted.get_total_flops() / 2
 
 
 def test_a_small_cache_shortens_the_texts(model: Path) -> None:
@@ -157,7 +195,7 @@ def test_a_table_holds_in_its_own_setting_only(model: Path, cache_home: Path) ->
     runner = make_tiny_runner(model)
     setting = describe_setting(runner, "hash")
     assert load_table(setting) is None
-    table = CostTable(setting, "today", 1e10, [Cost(FULL, 1, 1, 64, 0.1)], {128: 0.5})
+    table = CostTable(setting, "today", 1e10, [Cost(FULL, 1, 1, 64, 0.1)], {128: Prefill(0.5, 9)}, 2e10)
     path = save_table(table)
     assert path.is_relative_to(cache_home / "strace-llm" / "costs")
     assert [p.name for p in path.parent.iterdir()] == [path.name]

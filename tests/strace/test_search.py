@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from strace import search
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
-from strace.costs import TYPICAL, Cost, CostTable, Graph, Setting
+from strace.costs import SETTLE, TYPICAL, Cost, CostTable, Graph, Setting
 from strace.runner import FULL
 from strace.search import StepCosts, fit_costs, list_shapes, price_steps, project_table
 from tests.tiny import save_tiny
@@ -27,7 +27,8 @@ def test_the_line_gives_back_what_made_it(tmp_path: Path) -> None:
     assert len({graph.bytes_per_step for graph in shapes.values()}) == len(shapes)
     true = StepCosts((1e-4, 2e-5, 3e-10), {1: 1e-3, 9: 3e-3}, "torch")
     costs = [Cost(name, 1, 1, TYPICAL, true.c(graph) * 1e-3) for name, graph in shapes.items()]
-    costs += [Cost(FULL, 1, n, TYPICAL, seconds) for n, seconds in true.full.items()]
+    costs += [Cost(FULL, 1, n, TYPICAL, 0.75 * seconds) for n, seconds in true.full.items()]
+    costs += [Cost(SETTLE, 1, n, TYPICAL, 0.25 * seconds) for n, seconds in true.full.items()]
     found = fit_costs(CostTable(SETTING, "", 0.0, costs, {}), list(shapes.values()), list(shapes))
     assert found.draft == pytest.approx(true.draft, rel=0.05)
     assert found.v == pytest.approx({1: 1.0, 9: 3.0})
@@ -42,7 +43,7 @@ def test_a_machine_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ticks: Iterator[int] = count()
     full = load_decoder(open_checkpoint(str(save_tiny(tmp_path))), "bf16")
     first = price_steps(full, "hash", "int4", "torch", lambda: float(next(ticks)))
-    assert first.full[1] == 1.0
+    assert first.full[1] == 2.0, "a pass and its verdicts"
     asked = next(ticks)
     assert price_steps(full, "hash", "int4", "torch", lambda: float(next(ticks))) == first
     assert next(ticks) == asked + 1

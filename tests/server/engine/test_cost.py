@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.cost import CostModel, measure_start
 from strace.classes import POOLED
-from strace.costs import Cost, CostTable, describe_setting, save_table
+from strace.costs import SETTLE, Cost, CostTable, describe_setting, save_table
 from strace.runner import FULL
 from tests.server.engine.harness import make_runner
 
@@ -59,12 +59,25 @@ def test_one_hiccup_is_no_trend() -> None:
 def test_a_kept_table_is_where_the_engine_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runner = make_runner()
-    costs = [Cost(graph, 1, n, 64, n * 10.0) for graph in runner.graphs for n in (1, 2)]
+    costs = [Cost(graph, 1, n, 64, n * 10.0) for graph in (*runner.graphs, SETTLE) for n in (1, 2)]
     save_table(CostTable(describe_setting(runner, "these weights"), "today", 1e10, costs, {}))
-    assert measure_start(runner, "these weights").seconds(FULL, 2) == pytest.approx(20.0)
+    assert measure_start(runner, "these weights").seconds(FULL, 2) == pytest.approx(40.0)
     measured = measure_start(runner, "other weights")
     assert 0 < measured.seconds(FULL, 1) <= measured.seconds(FULL, 8) < 1
     assert 0 < measured.seconds("pooled", 1) <= measured.seconds("pooled", 8) < 1
+
+
+def test_what_the_engine_takes_itself_is_learnt_by_texts_and_drafting() -> None:
+    cost = make_cost()
+    assert cost.own(1, drafting=False) == 0.0
+    for _ in range(50):
+        cost.observe_own(1, True, 0.003)
+        cost.observe_own(4, False, 0.001)
+    cost.observe_own(1, True, 60.0)
+    assert cost.own(1, drafting=True) == pytest.approx(0.003, rel=0.06)
+    assert cost.own(4, drafting=False) == pytest.approx(0.001)
+    assert cost.own(1, drafting=False) == 0.0
+    assert cost.estimate({}).own(4, drafting=False) == pytest.approx(0.001)
 
 
 def test_a_start_beside_other_load_is_soon_forgotten() -> None:

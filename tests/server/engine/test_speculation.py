@@ -91,3 +91,17 @@ def test_calibration_follows_the_evidence() -> None:
     for _ in range(300):
         calibration.judge(0.95, 0.0)
     assert calibration.acceptance[9] < 0.1
+
+
+def test_a_plain_step_takes_the_engine_s_own_time_too() -> None:
+    """Drafting need not beat a full pass alone, only a whole step."""
+    speculation = make_speculation(0.85, {1: 1.0, 8: 1.7}, 0.9)
+    rule = speculation.rule("pooled", planned=1, batch=1)
+    assert rule.tokens_per_second == pytest.approx(1.0)
+    assert not rule.pays(1.0, 1, 0, LOTS)
+    speculation.cost.observe_own(1, False, 0.5)
+    for _ in range(200):
+        speculation.paced(1, 1, 1.5)
+    rule = speculation.rule("pooled", planned=1, batch=1)
+    assert rule.tokens_per_second < 1.0
+    assert rule.pays(1.0, 1, 0, LOTS)
