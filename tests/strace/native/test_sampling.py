@@ -178,7 +178,7 @@ def test_samplers_that_go_with_their_texts_are_as_made_anew(shapes: list[Samplin
         expected = runner().verify(logits.clone(), [Held(i, [], None, sampler) for i, sampler in enumerate(anew)])
         got = runner().verify(logits.clone(), [Held(i, [], None, sampler) for i, sampler in enumerate(going)])
         assert got == expected
-        for sampler, (token,) in zip(going, got, strict=True):
+        for sampler, ((token,), _) in zip(going, got, strict=True):
             sampler.position += 1
             sampler.history.append(token)
         going = going[-1:] + going[:-1]
