@@ -233,7 +233,9 @@ class Weights:
         weight, bias = self.get(f"{part}.weight", layer), self.get(f"{part}.bias", layer)
         if weight is None:
             return None
-        weight = weight.to(device, torch.float32)
+        weight = weight.to(
+            device, torch.float32, copy=True
+        )  # a view of a mapped file would keep all that was read of it
         weight = weight + 1 if self.family.one_offset else weight
         bias = None if bias is None else bias.to(device, torch.float32)
         return Norm(weight, bias, self._spec.norm_eps, self._spec.norm)

@@ -87,7 +87,8 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def judges() -> tuple[Guard, Auditor]:
-    """A guard that saw eight texts decoded twice as fast by drafts, and an auditor that saw one tripped class."""
+    """A guard that saw eight texts decoded twice as fast by drafts, and one of a routed class; an auditor that saw one
+    tripped class."""
     guard, auditor = Guard(np.ones(9)), Auditor()
     key = (Mode.EXACT, "code")
     for _ in range(100):
@@ -95,6 +96,7 @@ def judges() -> tuple[Guard, Auditor]:
         if turn.allows(key):
             turn.drafted[key], turn.drafting["code"] = 8, 0.1
         guard.book(turn, 1.0, Counter({key: 8 * turn.allows(key)}))
+    guard.turn([(Mode.ROUTED, "math")], 1, measurable=True)
     for _ in range(20):
         auditor.observe("code", 1.0, 0.02)
     return guard, auditor

@@ -55,7 +55,7 @@ def test_inspect_shows_what_was_traced(folder: Path) -> None:
 def test_another_machines_costs_project_what_was_traced(folder: Path, tmp_path: Path) -> None:
     model, prompts, table = str(folder.parent / "model"), str(folder.parent / "prompts"), tmp_path / "other.json"
     args = ["trace", model, "--prompts", prompts, "-o", str(folder), "--size", "0.25", "--classes", "digits"]
-    table.write_text(dump_table(make_table((0.0, 0.5), {"pooled": 0.3})))
+    table.write_text(dump_table(make_table((0.0, 0.5), {"digits": 0.1, "pooled": 0.3})))
     result = runner.invoke(app, [*args, "--costs", str(table)])
     assert result.exit_code == 0, result.output
     manifest = read_manifest(folder / "digits")
