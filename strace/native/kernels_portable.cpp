@@ -69,6 +69,14 @@ inline void prepare_codes(const float *x, int offset, void *out) {
   memcpy(out, &made, sizeof made);
 }
 
+// The codes of one token's group, whose exact sums [PANEL] begin.
+inline Codes start_group(const uint8_t *x, int32_t *exact) {
+  Codes token;
+  memcpy(&token, x, sizeof token);
+  for (int r = 0; r < PANEL; r++) exact[r] = token.start;
+  return token;
+}
+
 // One step of 4 inputs, for all rows of one token.
 inline void add_step(const uint8_t *weights, const int8_t *codes, int32_t *exact) {
   for (int r = 0; r < PANEL; r++)
@@ -84,10 +92,8 @@ struct Int8 : Stateless {
   template <int T>
   static void add(const uint8_t *weights, const uint8_t *x, size_t, int groups, float *sums) {
     for (int g = 0; g < groups; g++, weights += group_bytes(FORMAT), x += ACTIVATION_BYTES) {
-      Codes token;
-      memcpy(&token, x, sizeof token);
       int32_t exact[PANEL];
-      for (int r = 0; r < PANEL; r++) exact[r] = token.start;
+      const Codes token = start_group(x, exact);
       for (int step = 0; step < 8; step++) add_step(weights + step * STEP_BYTES, token.codes + 4 * step, exact);
       for (int r = 0; r < PANEL; r++) sums[r] += static_cast<float>(exact[r]) * token.scale;
     }
@@ -103,10 +109,8 @@ struct Int4 : Stateless {
   template <int T>
   static void add(const uint8_t *weights, const uint8_t *x, size_t, int groups, float *sums) {
     for (int g = 0; g < groups; g++, weights += group_bytes(FORMAT), x += ACTIVATION_BYTES) {
-      Codes token;
-      memcpy(&token, x, sizeof token);
       int32_t exact[PANEL];
-      for (int r = 0; r < PANEL; r++) exact[r] = token.start;
+      const Codes token = start_group(x, exact);
       for (int pair = 0; pair < 4; pair++) {
         const uint8_t *both = weights + INT4_SCALE_BYTES + pair * STEP_BYTES;
         uint8_t even[STEP_BYTES], odd[STEP_BYTES];
