@@ -233,11 +233,10 @@ class Weights:
         weight, bias = self.get(f"{part}.weight", layer), self.get(f"{part}.bias", layer)
         if weight is None:
             return None
-        weight = weight.to(
-            device, torch.float32, copy=True
-        )  # a view of a mapped file would keep all that was read of it
+        # Copies: a view of a mapped file would keep all that was read of it.
+        weight = weight.to(device, torch.float32, copy=True)
         weight = weight + 1 if self.family.one_offset else weight
-        bias = None if bias is None else bias.to(device, torch.float32)
+        bias = None if bias is None else bias.to(device, torch.float32, copy=True)
         return Norm(weight, bias, self._spec.norm_eps, self._spec.norm)
 
     def linear(self, parts: tuple[str, ...], layer: int, format: str, dtype: torch.dtype, at: torch.device) -> Linear:
