@@ -13,14 +13,21 @@ namespace strace {
 
 extern const Kernels PORTABLE;
 #if defined(__x86_64__)
-extern const Kernels AMX, AVX512, AVX2;
+extern const Kernels AMX, AVX512_BF16, AVX512, AVX2;
 #endif
 
 namespace {
 
+// Whether STRACE_ISA names these.
+bool asked_for(const Kernels &kernels) {
+  const char *asked = std::getenv("STRACE_ISA");
+  return asked && std::strcmp(asked, kernels.name) == 0;
+}
+
+// Whether STRACE_ISA leaves these to be chosen.
 bool wanted(const Kernels &kernels) {
   const char *asked = std::getenv("STRACE_ISA");
-  return !asked || !*asked || std::strcmp(asked, kernels.name) == 0;
+  return !asked || !*asked || asked_for(kernels);
 }
 
 #if defined(STRACE_AMX)
@@ -36,11 +43,14 @@ const Kernels &choose() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+                      __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #if defined(STRACE_AMX)
-  const bool amx = avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  const bool amx = bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
   if (amx && wanted(AMX) && permit_tiles()) return AMX;
 #endif
+  // Intel's products of bf16 pairs are half as fast as float32's.
+  if (bf16 && (asked_for(AVX512_BF16) || (wanted(AVX512_BF16) && !__builtin_cpu_is("intel")))) return AVX512_BF16;
   if (avx512 && wanted(AVX512)) return AVX512;
   if (avx2 && wanted(AVX2)) return AVX2;
 #endif

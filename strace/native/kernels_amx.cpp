@@ -3,7 +3,7 @@
 // does, and a row's bits must not depend on what shares the pass.
 #include <atomic>
 
-#include "kernels_avx512.h"
+#include "kernels_avx512bf16.h"
 
 namespace strace {
 namespace {
@@ -52,7 +52,7 @@ class TileRegisters {
   int tokens_ = 0;
 };
 
-struct TiledBf16 : Bf16 {
+struct TiledBf16 : Bf16Pairs {
   static constexpr int TOKENS = 2 * TILE_ROWS;
   using State = TileRegisters;
 

@@ -97,7 +97,7 @@ typedef struct st_runner st_runner;
 
 int32_t st_abi(void);
 const char *st_error(void); /* of this thread's last failed call */
-/* the kernels in use: "avx512amx", "avx512bf16", "avx2" or "portable"; STRACE_ISA asks for a lesser one */
+/* the kernels in use: "avx512amx", "avx512bf16", "avx512vnni", "avx2" or "portable"; STRACE_ISA asks for other ones */
 const char *st_isa(void);
 
 /* weight [rows, columns], fp32 or bf16 (weight_format), rounded to int8 or int4 as strace/linear.py does, to the bit; codes

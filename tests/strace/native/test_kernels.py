@@ -20,7 +20,7 @@ from strace.native_runner import _PIECE_ROWS, NativeRunner, Weights
 from tests.strace.native.passes import load_tiny, make_native
 
 GROUP = 32
-ISAS = ("avx512amx", "avx512bf16", "avx2", "portable")
+ISAS = ("avx512amx", "avx512bf16", "avx512vnni", "avx2", "portable")
 ROUNDING = 2.0**-20  # of the sum of the products' magnitudes; float32 sums of some hundred terms lose less
 
 
