@@ -88,10 +88,11 @@ class Judging:
         return accepted
 
 
-def price_shape(name: str, state: Path) -> StepCosts:
-    """What steps at a shape cost on this machine: kept from before, else timed now and kept."""
+def price_shape(name: str, state: Path, anew: bool) -> StepCosts:
+    """What steps at a shape cost on this machine: kept from before, else, or where it is to be anew, timed now and
+    kept."""
     file = state / f"{name}.json"
-    if file.exists():
+    if file.exists() and not anew:
         record = json.loads(file.read_text(encoding="utf-8"))["costs"]
         return StepCosts(tuple(record["draft"]), {int(n): s for n, s in record["full"].items()}, record["runner"])
     checkpoint = open_checkpoint(str(write_shape(name)))
@@ -210,7 +211,7 @@ def main() -> None:
     """The command."""
     arguments = parse_arguments()
     load = require_idle()
-    priced = {name: price_shape(name, arguments.state) for name in arguments.shapes}
+    priced = {name: price_shape(name, arguments.state, arguments.price) for name in arguments.shapes}
     if arguments.price:
         finish({"benchmark": "prices", "machine": describe()} | {name: asdict(costs) for name, costs in priced.items()})
         return

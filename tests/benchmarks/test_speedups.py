@@ -62,7 +62,7 @@ def test_realised_stands_beside_predicted() -> None:
     assert row["of_predicted"] == pytest.approx(2 / row["predicted"], abs=1e-3)
 
 
-def test_a_shape_is_priced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_is_priced_once_unless_it_is_to_be_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, costs, asked = save_tiny(tmp_path / "model"), StepCosts((1.0, 2.0, 3.0), {1: 1.0, 9: 2.0}, "native"), []
 
     def price(*arguments: object) -> StepCosts:
@@ -71,5 +71,7 @@ def test_a_shape_is_priced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(speedups, "write_shape", lambda name: model)
     monkeypatch.setattr(speedups, "price_steps", price)
-    assert [speedups.price_shape("some", tmp_path / "state") for _ in range(3)] == [costs] * 3
+    assert [speedups.price_shape("some", tmp_path / "state", anew=False) for _ in range(3)] == [costs] * 3
     assert len(asked) == 1
+    assert speedups.price_shape("some", tmp_path / "state", anew=True) == costs
+    assert len(asked) == 2
