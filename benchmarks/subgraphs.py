@@ -17,10 +17,12 @@ a method loses against ours comes with a bootstrap interval (95 %, sources drawn
 | pooled units, other units | ours, but the units are scored on all classes together or on another class |
 | pooled repair, other repair | ours, but repaired on the texts of all classes together or of another class |
 | int8, int4, int3, int2 | quantise-only: the whole model plainly rounded, at its own bytes; the last two emulated |
+| distilled | ours, trained for --distill minutes on the fitted texts and on the full model's own; only where asked |
 
 Examples:
   python benchmarks/subgraphs.py --state /tmp/subgraphs
-  python benchmarks/subgraphs.py --classes chat --sizes 0.25
+  python benchmarks/subgraphs.py --state /tmp/subgraphs --classes chat --sizes 0.25
+  python benchmarks/subgraphs.py --state /tmp/subgraphs --sizes 0.125 --methods ours distilled --distill 10
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -49,14 +52,17 @@ from strace.classes import POOLED, Parts, shipped_prompts, split_classes
 from strace.classes import read_prompts as read_classes
 from strace.controls import score_units
 from strace.decoder import Decoder, Layer
+from strace.distill import distill
 from strace.files import file_beside, write_beside
 from strace.flow import Flow, measure_flow
-from strace.graphs import choose_dtype
+from strace.graphs import choose_dtype, make_runner
 from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, kept_bytes, slice_decoder
 from strace.linear import GROUP, Linear
 from strace.measure import block_streams, compare, measure_acceptance
+from strace.onpolicy import continue_prompts, count_cache
 from strace.repair import repair
+from strace.runner import FULL
 from strace.subgraph import restore_tensors, save_tensors
 from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 
@@ -68,6 +74,9 @@ OF_CLASS = ("pooled repair", "pooled units", "other repair", "other units")
 OTHERS = ("pooled", "other", *CONTROLS, *OF_CLASS, "no repair")
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 METHODS = ("ours", *WHOLE, *OTHERS)
+DISTILLED = "distilled"
+ALL = (*METHODS, DISTILLED)
+CONTINUED = 4  # times that each prompt to fit on is continued, to distill on
 DRAWS = 2000  # of the bootstrap
 
 
@@ -89,8 +98,8 @@ class Traced:
     def __init__(self, checkpoint: Checkpoint, full: Decoder, name: str, parts: Parts, state: Path) -> None:
         self.full, self.name, self.state = full, name, state
         material = pipeline.gather_material(checkpoint, parts, 0)
-        self.fit, self.choose = material.texts["fit"], material.texts["choose"]
-        self._specials = special_ids(checkpoint)
+        self.fit, self.choose, self._prompts = material.texts["fit"], material.texts["choose"], material.prompts["fit"]
+        self._specials, self._stop_ids = special_ids(checkpoint), checkpoint.stop_ids
         self._headless: dict[tuple[Any, ...], Decoder] = {}
 
     def _keep(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -158,7 +167,21 @@ class Traced:
         best = max(tried, key=lambda t: t[0])[1]
         save_tensors(path, best.subgraph, best.kept)
         write_beside(about, json.dumps(vars(best.plan)))
-        return best
+        return self.ours(size)  # as the disk gives it back, it can be trained
+
+    def distilled(self, size: float, minutes: float) -> Made:
+        """Ours, trained for so many minutes of this thread: what other work takes of the machine does not count."""
+        made, path = self.ours(size), self.state / f"{self.name}-{size:.3f}-distilled-{minutes:g}.safetensors"
+        if not path.exists():
+            runner = make_runner({FULL: self.full}, count_cache(pipeline.GIVEN, pipeline.WRITTEN))
+            ask = partial(continue_prompts, runner, self._prompts, 1.0, pipeline.WRITTEN, self._stop_ids)
+            written = batch_texts([each.ids for seed in range(CONTINUED) for each in ask(seed)])
+            trained = distill(self.full, made.subgraph, [*self.fit, *written], 60 * minutes, clock=time.thread_time)
+            print(f"{self.name}: {trained.steps} steps", flush=True)
+            save_tensors(path, trained.subgraph, made.kept)
+        found = restore_tensors(path, made.kept, self.full)
+        assert found is not None, "it was just written"
+        return replace(made, subgraph=found)
 
     def chosen_by(self, scores: Flow, size: float, like: Plan) -> Made:
         """Units by `scores` within the same bytes, with the head of `like`, repaired alike."""
@@ -298,14 +321,14 @@ def count_accepted(full: Decoder, subgraph: Decoder, held: Held) -> Counts:
 
 
 def measure_method(
-    method: str, name: str, size: float, traced: dict[str, Traced], held: Held
+    method: str, name: str, size: float, traced: dict[str, Traced], held: Held, minutes: float
 ) -> tuple[Counts, float, str]:
     """Acceptance of one method on the texts of one class, its share of the bytes, and what it keeps."""
     full = traced[name].full
     if method in WHOLE:
         decoder, share = emulate(full, WHOLE[method])
         return count_accepted(full, decoder, held), share, "whole model"
-    made = make_method(method, name, size, traced)
+    made = traced[name].distilled(size, minutes) if method == DISTILLED else make_method(method, name, size, traced)
     kept = f"{made.plan.format}, {made.plan.mlp:.2f} of the neurons, head {made.subgraph.head.shape[0]}"
     return count_accepted(full, made.subgraph, held), made.subgraph.bytes_per_step / full_bytes(full), kept
 
@@ -333,6 +356,7 @@ def list_cells(
     cells = [("ours", name, size) for size in sizes for name in classes]
     cells += [(method, name, 1.0) for method in WHOLE for name in classes]
     cells += [(method, name, size) for method in OTHERS for size in sizes for name in classes]
+    cells += [(DISTILLED, name, size) for size in sizes for name in classes]
     alone = len(classes) == 1
     return [cell for cell in cells if cell[0] in methods and not (alone and cell[0].startswith("other"))]
 
@@ -379,7 +403,8 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a folder, or a hub name (default %(default)s)")
     parser.add_argument("--classes", nargs="+", default=CLASSES, choices=CLASSES, metavar="CLASS")
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, help="shares of the full model's bytes")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="only these")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=ALL, metavar="METHOD", help="only these")
+    parser.add_argument("--distill", type=float, default=10, metavar="MINUTES", help="(default %(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the valid part, a class (default %(default)s)")
     parser.add_argument("--state", type=Path, required=True, help="folder of what was done before; made if missing")
     arguments = parser.parse_args()
@@ -391,7 +416,8 @@ def main() -> None:
     results = Results(arguments.state)
     held = {name: read_held(checkpoint, name, arguments.tokens) for name in arguments.classes}
     for method, name, size in list_cells(arguments.classes, arguments.sizes, arguments.methods):
-        results.add(name, method, size, partial(measure_method, method, name, size, traced, held[name]))
+        measure = partial(measure_method, method, name, size, traced, held[name], arguments.distill)
+        results.add(name, method, size, measure)
     finish(
         {
             "benchmark": "subgraphs",

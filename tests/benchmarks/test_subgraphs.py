@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import subgraphs
 from strace.checkpoint import load_decoder, open_checkpoint
 from strace.classes import read_prompts, split_classes
+from strace.distill import RATES
 from strace.keep import full_bytes, kept_bytes
 from strace.linear import quantise
 from strace.measure import measure_acceptance
@@ -47,6 +48,15 @@ def test_ours_comes_back_from_the_disk_bit_for_bit(traced: subgraphs.Traced, mon
     again = traced.ours(0.2)
     assert again.plan == made.plan
     torch.testing.assert_close(again.subgraph.head.dense(), made.subgraph.head.dense(), rtol=0, atol=0)
+
+
+def test_distilling_adds_no_byte_and_is_done_once(traced: subgraphs.Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RATES, "codes", 1.0)  # for there is time for a few steps only
+    ours, made = traced.ours(0.2).subgraph, traced.distilled(0.2, minutes=0.02)
+    assert made.subgraph.bytes_per_step == ours.bytes_per_step
+    assert not torch.equal(made.subgraph.head.dense(), ours.head.dense())
+    monkeypatch.setattr(subgraphs, "distill", None)  # nothing may be trained again
+    assert torch.equal(traced.distilled(0.2, minutes=0.02).subgraph.head.dense(), made.subgraph.head.dense())
 
 
 @given(st.integers(0, 100))
