@@ -330,6 +330,21 @@ def test_out_of_memory_gives_up_the_younger_half(error: Exception, drafting: boo
     assert engine.stats().blocks_used == 0
 
 
+def test_the_texts_that_were_given_up_leave_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    run = engine.runner.forward
+
+    def forward(graph: str, batch: Batch, rows: list[int]) -> Tensor:
+        if len(batch.counts) > 2:  # for which there is no memory, however often it is tried
+            raise MemoryError
+        return run(graph, batch, rows)
+
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    got = [submit(engine, make_request([i], mode=Mode.FULL)) for i in range(4)]
+    drain(engine)
+    assert [bool(g.errors) for g in got] == [False, False, True, True]
+
+
 def test_a_lone_text_without_memory_is_given_up_and_the_next_one_runs() -> None:
     engine = make_engine(Options(max_running=1), runner=Failing(2, MemoryError()))
     first, second = submit(engine, make_request()), submit(engine, make_request())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,14 @@ def test_a_rows_bits_do_not_depend_on_what_shares_the_call(
     last = data.draw(st.integers(first + 1, len(x)))
     whole, part = multiply(weight, bias, x), multiply(weight, bias, x[first:last].contiguous())
     assert torch.equal(whole[first:last].view(torch.int32), part.view(torch.int32))
+
+
+@pytest.mark.skipif("STRACE_ISA" in os.environ, reason="an instruction set was asked for")
+def test_intel_multiplies_pairs_only_in_tiles() -> None:
+    about = Path("/proc/cpuinfo")
+    if not about.exists() or "GenuineIntel" not in about.read_text():
+        pytest.skip("no processor of Intel's")
+    assert native.load().st_isa().decode() != "avx512bf16"
 
 
 @pytest.mark.skipif("STRACE_ISA" in os.environ, reason="an instruction set was asked for")
