@@ -77,14 +77,14 @@ struct Fp32 : Dense<Fp32> {
   static void prepare(const float *x, void *out) { memcpy(out, x, ACTIVATION_BYTES); }
 
   template <int T>
-  static void add_step(const __m512i (&both)[VECTORS], const uint8_t *x, size_t stride, __m512 (&sum)[T][VECTORS]) {
+  static void add_step(const __m512i (&words)[VECTORS], const uint8_t *x, size_t stride, __m512 (&sum)[T][VECTORS]) {
     __m512 w[VECTORS];
-    for (int v = 0; v < VECTORS; v++) w[v] = _mm512_castsi512_ps(both[v]);
+    for (int v = 0; v < VECTORS; v++) w[v] = _mm512_castsi512_ps(words[v]);
     add_input(w, x, stride, sum);
   }
 };
 
-// Widened to float32: Intel's cores do four multiply-adds of 16 in the time of one `vdpbf16ps` of 32.
+// Widened to float32: Intel's cores do four multiply-adds of 16 numbers in the time of one `vdpbf16ps` of 32.
 struct Bf16 : Dense<Bf16> {
   static constexpr int FORMAT = ST_BF16, STEPS = GROUP / 2;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);

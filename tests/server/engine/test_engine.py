@@ -445,6 +445,15 @@ def test_draining_takes_no_more_and_finishes_what_there_is() -> None:
     assert [len(g.ids) for g in got] == [16, 16]
 
 
+def test_an_engine_that_drains_says_that_it_takes_nothing() -> None:
+    engine = make_engine()
+    engine.start()
+    assert engine.running
+    engine.drain()
+    assert not engine.running
+    engine.stop()
+
+
 def test_other_drafts_between_steps() -> None:
     """A text whose class stays goes on with it, one whose class is gone with `pooled`, and neither's words change."""
     requests = [make_request([i], max_tokens=60, class_name=c, **SEEDED) for i, c in enumerate(("lame", "stranger"))]

@@ -67,6 +67,13 @@ def test_what_is_reused() -> None:
     assert off.outcome == decode(engine, request)[0].outcome
 
 
+def test_a_block_is_reused_only_behind_what_it_was_read_behind() -> None:
+    engine, x, y, z = make_engine(), LONG[:32], LONG[40:72], LONG[70:102]
+    for prompt, cached in ((x + y + [1], 0), (z + x + [1], 0), (z + y + [1], 32)):
+        (got,) = decode(engine, make_request(prompt, max_tokens=4))
+        assert got.ran.cached_tokens == cached
+
+
 def test_the_answer_is_reused_with_its_question() -> None:
     engine = make_engine()
     (first,) = decode(engine, make_request(LONG[:50], max_tokens=40))
