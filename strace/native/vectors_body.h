@@ -30,6 +30,8 @@ constexpr int PARTS = LANES / WIDTH;
 typedef float Native __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Integer __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Half __attribute__((vector_size(2 * WIDTH)));
+// In memory, at any address. (A copy of several registers at once by memcpy goes through the stack with GCC 12.)
+typedef float Loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 // 16 numbers, in as many registers as the machine needs for them.
 struct Float {
@@ -65,13 +67,11 @@ inline Float choose_less(Float a, Float b, Float yes, Float no) {
   STRACE_EACH(a.part[i] < b.part[i] ? yes.part[i] : no.part[i]);
 }
 
-inline Float load(const float *x) {
-  Float r;
-  std::memcpy(&r, x, sizeof r);
-  return r;
-}
+inline Float load(const float *x) { STRACE_EACH(reinterpret_cast<const Loose *>(x)[i]); }
 
-inline void store(Float x, float *y) { std::memcpy(y, &x, sizeof x); }
+inline void store(Float x, float *y) {
+  for (int i = 0; i < PARTS; ++i) reinterpret_cast<Loose *>(y)[i] = x.part[i];
+}
 
 inline Float load(const uint16_t *x) {
   Float r;
@@ -79,6 +79,11 @@ inline Float load(const uint16_t *x) {
   // GCC 12 takes the vector apart in the loop below, and puts it together again.
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
   r.part[0] = (Native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__AVX2__)
+  for (int i = 0; i < PARTS; ++i) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(x + i * WIDTH));
+    r.part[i] = (Native)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+  }
 #else
   for (int i = 0; i < PARTS; ++i) {
     Half half;
@@ -103,9 +108,18 @@ inline void store_some(Float x, float *y, int count) {
   std::memcpy(y, all, count * sizeof(float));
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline __m128 low_half(Native x) { return _mm256_castps256_ps128((__m256)x); }
+inline __m128 high_half(Native x) { return _mm256_extractf128_ps((__m256)x, 1); }
+#endif
+
 inline float sum(Float x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x.part[0]);
+#elif defined(__AVX2__)
+  const Native eight = x.part[0] + x.part[1];
+  const __m128 four = low_half(eight) + high_half(eight), two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
 #else
   float all[LANES];
   store(x, all);
@@ -118,6 +132,11 @@ inline float sum(Float x) {
 inline float largest(Float x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x.part[0]);
+#elif defined(__AVX2__)
+  const __m256 eight = _mm256_max_ps((__m256)x.part[0], (__m256)x.part[1]);
+  const __m128 four = _mm_max_ps(low_half((Native)eight), high_half((Native)eight));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return two[0] > two[1] ? two[0] : two[1];
 #else
   float all[LANES];
   store(x, all);
@@ -281,26 +300,38 @@ inline Float fold(Float a, Float b) {
 }
 #endif
 
-// The sums of four vectors, on the way to lanes of their own.
-inline Float sum_four(const Float &a, const Float &b, const Float &c, const Float &d) {
+// The sums of four vectors: in lanes of their own, or with AVX-512 on the way there.
 #if defined(__AVX512F__)
-  return fold<2>(fold<1>(a, b), fold<1>(c, d));
+using Four = Float;
 #else
-  const float sums[4] = {sum(a), sum(b), sum(c), sum(d)};
-  return load_some(sums, 4);
+typedef float Four __attribute__((vector_size(16)));
+#endif
+
+inline Four sum_four(Native a, Native b, Native c, Native d) {
+#if defined(__AVX512F__)
+  return fold<2>(fold<1>({{a}}, {{b}}), fold<1>({{c}}, {{d}}));
+#elif defined(__AVX2__)
+  const Native pairs = (Native)_mm256_hadd_ps((__m256)a, (__m256)b), others = (Native)_mm256_hadd_ps((__m256)c, (__m256)d);
+  const Native halves = (Native)_mm256_hadd_ps((__m256)pairs, (__m256)others);
+  return (Four)(low_half(halves) + high_half(halves));
+#else
+  const auto sum = [](Native x) { return (x[0] + x[2]) + (x[1] + x[3]); };
+  return Four{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
 
-// From four results of sum_four, 16 sums in order.
-inline Float join_sums(const Float &a, const Float &b, const Float &c, const Float &d) {
+// 16 sums in order.
+inline void store_sums(const Four &a, const Four &b, const Four &c, const Four &d, float *sums) {
 #if defined(__AVX512F__)
-  return fold<8>(fold<4>(a, b), fold<4>(c, d));
+  store(fold<8>(fold<4>(a, b), fold<4>(c, d)), sums);
 #else
-  float all[4 * LANES];
-  store(a, all), store(b, all + 4), store(c, all + 8), store(d, all + 12);
-  return load(all);
+  const Four all[4] = {a, b, c, d};
+  std::memcpy(sums, all, sizeof all);
 #endif
 }
+
+// So many numbers of so many heads at once that their sums fit the registers.
+constexpr int MIXED = PARTS == 1 ? 4 : 2, MOST_HEADS = PARTS == 1 ? 4 : 2;
 
 // Q query heads of one token; they read the same positions.
 template <int Q>
@@ -313,23 +344,22 @@ struct Queries {
 // Every query against the 16 keys from `keys` on, `size` numbers each.
 template <int Q, class T>
 inline void score(Queries<Q> &at, const T *keys, int size, int place) {
-  Float fours[4][Q];
+  Four fours[4][Q];
   for (int four = 0; four < 4; ++four) {
-    Float sums[4][Q];
-    for (int p = 0; p < 4; ++p)
-      for (int q = 0; q < Q; ++q) sums[p][q] = set(0);
+    Native sums[4][Q] = {};
     for (int i = 0; i < size; i += LANES) {
       Float query[Q];
       for (int q = 0; q < Q; ++q) query[q] = load(at.queries[q] + i);
       for (int p = 0; p < 4; ++p) {
         const Float key = load(keys + (four * 4 + p) * size + i);
-        for (int q = 0; q < Q; ++q) sums[p][q] = fma(query[q], key, sums[p][q]);
+        for (int q = 0; q < Q; ++q)
+          for (int part = 0; part < PARTS; ++part)
+            sums[p][q] = fused(query[q].part[part], key.part[part], sums[p][q]);
       }
     }
     for (int q = 0; q < Q; ++q) fours[four][q] = sum_four(sums[0][q], sums[1][q], sums[2][q], sums[3][q]);
   }
-  for (int q = 0; q < Q; ++q)
-    store(join_sums(fours[0][q], fours[1][q], fours[2][q], fours[3][q]), at.scores[q] + place);
+  for (int q = 0; q < Q; ++q) store_sums(fours[0][q], fours[1][q], fours[2][q], fours[3][q], at.scores[q] + place);
 }
 
 // Adds the values of positions [first, last), weighted, to COUNT vectors of what was mixed before.
@@ -385,7 +415,7 @@ inline void attend_block(const float *queries, int pitch, float *mixed, size_t s
     decays[q] = weigh_scores(at.scores[q], first, last, cap, sums[0], sums[1]);
   }
   int i = 0;
-  for (; i + 4 * LANES <= size; i += 4 * LANES) mix<4>(at, decays, first, last, values, size, i);
+  for (; i + MIXED * LANES <= size; i += MIXED * LANES) mix<MIXED>(at, decays, first, last, values, size, i);
   for (; i < size; i += LANES) mix<1>(at, decays, first, last, values, size, i);
 }
 
@@ -400,7 +430,7 @@ inline void attend_heads(const Span &span, const float *queries, float *mixed, c
              first, last);
       h += heads;
     };
-    switch (span.heads - h) {
+    switch (span.heads - h < MOST_HEADS ? span.heads - h : MOST_HEADS) {
       case 1: run(attend_block<1, T>, 1); break;
       case 2: run(attend_block<2, T>, 2); break;
       case 3: run(attend_block<3, T>, 3); break;
