@@ -86,7 +86,8 @@ def certify(asked: Asked, progress: Progress = lambda doing, share: None) -> tup
     by_class: dict[str, list[list[int]]] = {name: [] for name in engine.classes}
     for ids in read_documents(checkpoint, asked.prompts, folder, room):
         by_class[engine.choose(ids)].append(ids)
-    dtype = choose_dtype(asked.placement.device, asked.placement.dtype)
+    where = asked.placement
+    dtype = choose_dtype(where.device, where.dtype, where.runner)
     setting = Setting(engine.runner.name, engine.runner.isa, dtype)
     names = [name for name in served if name in asked.classes or not asked.classes]
     found, whole = {}, True

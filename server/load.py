@@ -53,7 +53,8 @@ def load_served(config: EngineConfig) -> Served:
     name = config.name if isinstance(config, ServeConfig) else config.model
     metrics.watch(engine.stats)
     metrics.watch_judges(engine.guard, engine.auditor)
-    metrics.info.labels(version("strace-llm"), name, choose_dtype(config.device, config.dtype), config.device).set(1)
+    dtype = choose_dtype(config.device, config.dtype, config.runner)
+    metrics.info.labels(version("strace-llm"), name, dtype, config.device).set(1)
     template = str(checkpoint.tokenizer.chat_template or "")
     auto = config.tool_parser == "auto"
     return Served(

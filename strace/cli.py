@@ -196,7 +196,7 @@ def measure_command(
         if value not in known:
             fail(f"unknown {name} {value!r}; choose one of {', '.join(known)}", WRONG_USAGE)
     with told():
-        checkpoint, graphs = open_graphs(model, subgraphs, device, dtype)
+        checkpoint, graphs = open_graphs(model, subgraphs, device, dtype, runner)
         served = make_runner(graphs, count_blocks(list_cases(graphs[FULL].spec.context)), runner)
         setting = describe_setting(served, checkpoint.weight_hash)
         table = None if refresh else load_table(setting)

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from strace import native
 from strace.checkpoint import EMBEDDED, Checkpoint, embedded_folder, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import POOLED
 from strace.compiled import CompiledRunner
@@ -22,15 +23,21 @@ RUNNERS = ("auto", "native", "torch")
 COMPILE = ("auto", "on", "off")
 
 
-def choose_dtype(device: str, dtype: str = "auto") -> str:
-    """The format of the full model's matrices; `auto` is bf16 where the device computes in it, else fp32."""
+def choose_dtype(device: str, dtype: str = "auto", runner: str = "auto") -> str:
+    """The format of the full model's matrices; `auto` is bf16 where the device computes in it, or where the native
+    runner does, which widens weights on any CPU faster than twice their bytes could be read; else fp32.
+
+    runner: that of `RUNNERS` which is asked for.
+    """
     if dtype != "auto":
         return dtype
-    return "bf16" if device not in ("cpu", "auto") or _native_bf16() else "fp32"
+    widened = device == "cpu" and runner != "torch" and native.why_unavailable() is None
+    return "bf16" if device not in ("cpu", "auto") or widened or _cpu_has_bf16() else "fp32"
 
 
-def _native_bf16() -> bool:
-    """Whether this CPU multiplies in bf16; emulated, it is slower than fp32. /proc/cpuinfo exists on Linux only."""
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16; in torch, emulated, it is slower than fp32. /proc/cpuinfo exists on Linux
+    only."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
@@ -55,15 +62,15 @@ def load_drafts(checkpoint: Checkpoint, full: Decoder, folder: Path | None) -> d
 
 
 def open_graphs(
-    model: str, subgraphs: Path | None = None, device: str = "cpu", dtype: str = "auto"
+    model: str, subgraphs: Path | None = None, device: str = "cpu", dtype: str = "auto", runner: str = "auto"
 ) -> tuple[Checkpoint, dict[str, Decoder]]:
-    """A model's checkpoint and all its graphs, on one device.
+    """A model's checkpoint and all its graphs, on one device, for the runner that is asked for.
 
     Raises:
         BadCheckpoint, UnsupportedModel, BadSubgraph: see strace.checkpoint, strace.families, strace.subgraph.
     """
     checkpoint = open_checkpoint(model)
-    full = load_decoder(checkpoint, choose_dtype(device, dtype), device)
+    full = load_decoder(checkpoint, choose_dtype(device, dtype, runner), device)
     return checkpoint, {FULL: full} | load_drafts(checkpoint, full, choose_folder(model, subgraphs))
 
 

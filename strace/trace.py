@@ -646,7 +646,8 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
                 f"{name}: {len(long)} prompts are longer than the context of {checkpoint.spec.context}: cut ({long[0]})"
             )
     classifier = make_classifier(checkpoint, {name: split[name] for name in classes}, options.seed)
-    tracer = Tracer(checkpoint, load_decoder(checkpoint, choose_dtype("cpu"), streamed=True), options, say)
+    dtype = choose_dtype("cpu", runner=options.runner)
+    tracer = Tracer(checkpoint, load_decoder(checkpoint, dtype, streamed=True), options, say)
     made = {}
     try:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -35,9 +35,9 @@ _MEMORY_SHARE = 0.25  # of the memory still free once the weights are loaded: wh
 class Placement:
     """Where and how the full model runs.
 
-    dtype: fp32, bf16 or auto, which is bf16 where the device computes in it. kv_memory: of the cache, in bytes.
-    runner: native, torch or auto, which is native on the CPU wherever it can be had. compile: whether the torch
-    runner's steps are; on, off or auto, which is on on CUDA.
+    dtype: fp32, bf16 or auto, which is bf16 where the device or the native runner computes in it. kv_memory: of the
+    cache, in bytes. runner: native, torch or auto, which is native on the CPU wherever it can be had. compile: whether
+    the torch runner's steps are; on, off or auto, which is on on CUDA.
     """
 
     device: str = "cpu"
@@ -69,7 +69,7 @@ def build_engine(
     """
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
-    dtype = choose_dtype(where.device, where.dtype)
+    dtype = choose_dtype(where.device, where.dtype, where.runner)
     full = load_decoder(checkpoint, dtype, where.device, where.max_memory, streamed=where.device == "cpu")
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
@@ -122,7 +122,7 @@ def reload_drafts(
         raise BadCheckpoint(
             f"the weights of model {checkpoint.model!r} have changed; start the server anew to serve them"
         )
-    full, dtype = old.graphs[FULL], choose_dtype(where.device, where.dtype)
+    full, dtype = old.graphs[FULL], choose_dtype(where.device, where.dtype, where.runner)
     if full.embed.is_meta:
         full = load_decoder(again, dtype, where.device, where.max_memory, streamed=True)
     folder = choose_folder(checkpoint.model, subgraphs)

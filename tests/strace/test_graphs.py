@@ -18,6 +18,15 @@ def test_dtype() -> None:
     assert choose_dtype("cuda") == "bf16"
 
 
+def test_only_torch_on_a_cpu_without_bf16_takes_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strace.graphs._cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("strace.native.why_unavailable", lambda: None)
+    assert choose_dtype("cpu") == choose_dtype("cpu", runner="native") == "bf16"
+    assert choose_dtype("cpu", runner="torch") == choose_dtype("auto") == "fp32"
+    monkeypatch.setattr("strace.native.why_unavailable", lambda: "no compiler")
+    assert choose_dtype("cpu") == "fp32"
+
+
 def test_only_the_embedded_model_brings_subgraphs() -> None:
     assert choose_folder(EMBEDDED, None) == embedded_folder() / "subgraphs"
     assert choose_folder(EMBEDDED, Path("mine")) == Path("mine")
