@@ -11,7 +11,7 @@ namespace strace {
 namespace {
 
 constexpr int LANES = 8;
-constexpr int WIDE_TOKENS = 3;  // so many tokens' sums over a panel fit 16 registers; over half of one, twice as many
+constexpr int WIDE_TOKENS = 2, TOKENS_AT_ONCE = 6;  // so many tokens' sums over a panel, or over half of one, fit 16 registers
 
 inline __m256i load(const void *from) { return _mm256_loadu_si256(static_cast<const __m256i *>(from)); }
 
@@ -55,36 +55,48 @@ inline void store_sums(const __m256 (&from)[T][V], float *sums) {
     for (int v = 0; v < V; v++) _mm256_store_ps(sums + t * PANEL + v * LANES, from[t][v]);
 }
 
-// One input of all tokens: `weights` are its rows.
-template <int T, int V>
-inline void add_input(const __m256 (&weights)[V], const uint8_t *x, size_t stride, __m256 (&sum)[T][V]) {
-  for (int t = 0; t < T; t++) {
-    const __m256 one = broadcast_float(x + t * stride);
-    for (int v = 0; v < V; v++) sum[t][v] = _mm256_fmadd_ps(weights[v], one, sum[t][v]);
+// One input of all tokens; widen(v) gives a vector of its rows. What there is less of stays in the registers: the
+// tokens' numbers, or the weights.
+template <int T, int V, class Widen>
+inline void add_input(Widen widen, const uint8_t *x, size_t stride, __m256 (&sum)[T][V]) {
+  if constexpr (T < V) {
+    __m256 ones[T];
+    for (int t = 0; t < T; t++) ones[t] = broadcast_float(x + t * stride);
+    for (int v = 0; v < V; v++) {
+      const __m256 weights = widen(v);
+      for (int t = 0; t < T; t++) sum[t][v] = _mm256_fmadd_ps(weights, ones[t], sum[t][v]);
+    }
+  } else {
+    __m256 weights[V];
+    for (int v = 0; v < V; v++) weights[v] = widen(v);
+    for (int t = 0; t < T; t++) {
+      const __m256 one = broadcast_float(x + t * stride);
+      for (int v = 0; v < V; v++) sum[t][v] = _mm256_fmadd_ps(weights[v], one, sum[t][v]);
+    }
   }
 }
 
 struct Fp32 : InParts<Fp32> {
-  static constexpr int FORMAT = ST_FP32, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr int FORMAT = ST_FP32, TOKENS = TOKENS_AT_ONCE;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
 
   static void prepare(const float *x, void *out) { memcpy(out, x, ACTIVATION_BYTES); }
 
   template <int T, int V>
   static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
-    __m256 sum[T][V], w[V];
+    __m256 sum[T][V];
     load_sums(sums, sum);
     for (int i = 0; i < GROUP; i++, weights += STEP_BYTES, x += sizeof(float)) {
-      fetch_ahead<V>(weights + 32 * first);
-      for (int v = 0; v < V; v++) w[v] = _mm256_castsi256_ps(load(weights + 32 * (first + v)));
-      add_input(w, x, stride, sum);
+      const uint8_t *rows = weights + 32 * first;
+      fetch_ahead<V>(rows);
+      add_input([&](int v) { return _mm256_castsi256_ps(load(rows + 32 * v)); }, x, stride, sum);
     }
     store_sums(sum, sums);
   }
 };
 
 struct Bf16 : InParts<Bf16> {
-  static constexpr int FORMAT = ST_BF16, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr int FORMAT = ST_BF16, TOKENS = TOKENS_AT_ONCE;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
 
   // To the nearest, ties to the even one.
@@ -102,17 +114,14 @@ struct Bf16 : InParts<Bf16> {
 
   template <int T, int V>
   static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
-    __m256 sum[T][V], even[V], odd[V];
+    __m256 sum[T][V];
     load_sums(sums, sum);
     for (int i = 0; i < GROUP; i += 2, weights += STEP_BYTES, x += 2 * sizeof(float)) {
-      fetch_ahead<V>(weights + 32 * first);
-      for (int v = 0; v < V; v++) {
-        const __m256i both = load(weights + 32 * (first + v));
-        even[v] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-        odd[v] = _mm256_castsi256_ps(high_half(both));
-      }
-      add_input(even, x, stride, sum);
-      add_input(odd, x + sizeof(float), stride, sum);
+      const uint8_t *rows = weights + 32 * first;
+      fetch_ahead<V>(rows);
+      add_input([&](int v) { return _mm256_castsi256_ps(_mm256_slli_epi32(load(rows + 32 * v), 16)); }, x, stride, sum);
+      asm("" : "+r"(rows));  // loads them again, for which there is time, where keeping them costs registers
+      add_input([&](int v) { return _mm256_castsi256_ps(high_half(load(rows + 32 * v))); }, x + sizeof(float), stride, sum);
     }
     store_sums(sum, sums);
   }
@@ -162,7 +171,7 @@ inline void add_exact(float *sums, __m256i exact, __m256 scale) {
 
 struct Int8 : InParts<Int8> {
   using Token = Codes<int16_t>;
-  static constexpr int FORMAT = ST_INT8, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr int FORMAT = ST_INT8, TOKENS = TOKENS_AT_ONCE;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Token);
 
   // A step's codes in the order 0, 2, 1, 3. Products of 8 bits by 8 saturate in 16 for weights as large as these; those
@@ -208,7 +217,7 @@ struct Int8 : InParts<Int8> {
 
 struct Int4 : InParts<Int4> {
   using Token = Codes<int8_t>;
-  static constexpr int FORMAT = ST_INT4, TOKENS = 2 * WIDE_TOKENS;
+  static constexpr int FORMAT = ST_INT4, TOKENS = TOKENS_AT_ONCE;
   static constexpr size_t ACTIVATION_BYTES = sizeof(Token);
 
   static void prepare(const float *x, void *out) {
