@@ -23,6 +23,7 @@ from torch import Tensor
 
 from strace.decoder import Decoder, DenseAttend
 from strace.flow import Flow
+from strace.repair import invert
 from strace.texts import Texts
 
 DAMPING = 0.01  # in mean diagonals of the inputs' moments
@@ -134,11 +135,11 @@ def _score_refitted(full: Decoder, fit: Sequence[Texts]) -> Tensor:
 
 
 def drop_in_turn(weight: Tensor, moments: Tensor) -> Tensor:
-    """float64 [K] of a projection [N, K] and its inputs' second moments [K, K]; see `_score_refitted`."""
+    """float64 [K] of a projection [N, K] and its inputs' second moments [K, K], which are used up; see
+    `_score_refitted`."""
     k = len(moments)
-    damped = moments.clone()
-    damped.diagonal().add_(DAMPING * moments.diagonal().mean().clamp_min(1e-12))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    moments.diagonal().add_(DAMPING * moments.diagonal().mean().clamp_min(1e-12))
+    inverse = invert(moments)
     left, scores, most = torch.arange(k, device=weight.device), torch.zeros(k, dtype=weight.dtype), 0.0
     while len(left):
         costs = weight.square().sum(0) / inverse.diagonal().clamp_min(1e-12)
@@ -148,6 +149,8 @@ def drop_in_turn(weight: Tensor, moments: Tensor) -> Tensor:
         scores[left[worst].cpu()] = most
         share = torch.linalg.solve(inverse[worst][:, worst], inverse[worst][:, rest])
         weight = weight[:, rest] - weight[:, worst] @ share
-        inverse = inverse[rest][:, rest].sub_(inverse[rest][:, worst] @ share)
+        inverse = inverse[rest]
+        across = inverse[:, worst]
+        inverse = inverse[:, rest].addmm_(across, share, alpha=-1)
         left = left[rest]
     return scores

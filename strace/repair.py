@@ -61,10 +61,11 @@ class Moments:
         """[K, K], about zero."""
         return self.xx[:-1, :-1]
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """[K, K] and [K, D] about the means: what is left for a weight when the bias takes the means."""
-        n, x, r = self.xx[-1, -1], self.xx[:-1, -1], self.xr[-1]
-        return self.inputs - torch.outer(x, x).div_(n), self.xr[:-1] - torch.outer(x, r).div_(n)
+    def centre(self) -> tuple[Tensor, Tensor]:
+        """[K, K] and [K, D] about the means: what is left for a weight when the bias takes the means. They take the
+        place of those about zero, so that afterwards only `bias` is still of use."""
+        x = self.xx[:-1, -1] / -self.xx[-1, -1]
+        return self.inputs.addr_(x, self.xx[:-1, -1]), self.xr[:-1].addr_(x, self.xr[-1])
 
     def bias(self, weight: Tensor) -> Tensor:
         """float64 [D]: the mean of r - W x."""
@@ -116,16 +117,28 @@ class Rounding:
 
 def factor(moments: Tensor) -> Tensor:
     """The upper factor, of unit diagonal, of the inverse of some inputs' moments [K, K]."""
-    damped = add_diagonal(moments, DAMPING * moments.diagonal().mean().clamp_min(1e-12))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    return upper / upper.diagonal()[:, None]
+    inverse = invert(add_diagonal(moments, DAMPING * moments.diagonal().mean().clamp_min(1e-12)))
+    upper = torch.linalg.cholesky(inverse, upper=True, out=inverse)
+    return upper.div_(upper.diagonal().clone()[:, None])
 
 
 def add_diagonal(matrix: Tensor, number: Tensor) -> Tensor:
     """A copy of a square matrix with a number added all along its diagonal."""
-    copy = matrix.clone()
+    copy = matrix.clone(memory_format=torch.contiguous_format)
     copy.diagonal().add_(number)
     return copy
+
+
+def lower_factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a positive definite matrix [K, K], contiguous, in its own memory: with 8,192 inputs a copy
+    takes half a gigabyte. LAPACK takes the transpose, the same matrix, as it lies."""
+    return torch.linalg.cholesky(matrix.mT, out=matrix.mT)
+
+
+def invert(matrix: Tensor) -> Tensor:
+    """The inverse of such a matrix, in its own memory too."""
+    lower = lower_factor(matrix)
+    return torch.cholesky_inverse(lower, out=lower)
 
 
 def round_second_order(weight: Tensor, upper: Tensor) -> Codes:
@@ -158,7 +171,7 @@ def pull_towards(start: Tensor, xx: Tensor, moved: Tensor) -> Iterator[Tensor]:
     yield start
     unit = xx.diagonal().mean().clamp_min(1e-12)
     for ridge in RIDGES:
-        yield start + torch.linalg.solve(add_diagonal(xx, ridge * unit), moved, left=False)
+        yield start + torch.cholesky_solve(moved.T, lower_factor(add_diagonal(xx, ridge * unit))).T
 
 
 def fit_input(sliced: Tensor, fit: Twins, choose: Twins, format: str) -> Codes:
@@ -185,8 +198,8 @@ def _fit_rows(sliced: Tensor, fit: Twins, choose: Twins, rounding: Rounding) -> 
 def fit_output(sliced: Tensor, fit: Moments, choose: Moments, format: str) -> tuple[Tensor | Codes, Tensor]:
     """The output projection [D, K] in `format` and its bias [D]: ridge regression of the wanted outputs towards
     `sliced`, for the ridge whose rounded result errs least on `choose`. Where no fit beats them, the sliced weights
-    stay."""
-    xx, xr = fit.centred()
+    stay. `fit` is used up."""
+    xx, xr = fit.centre()
     start, rounding = sliced.double(), Rounding(xx, format)
     tried = []
     for weight in pull_towards(start, xx, xr.T - start @ xx):

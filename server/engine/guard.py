@@ -32,9 +32,9 @@ _SURE = 2.13  # Student's t at 95 %, one-sided, for so many
 _FADE = 0.95  # of older blocks, per block
 _LEVEL = 0.1  # weight of one plain step in the baseline shown
 _WILD = 1.0  # how far the logarithm of one block's speedup is believed: a hiccup is no trend
-_GATE_STEPS = 32  # of each kind in a block of `routed`, whose gain is small beside the noise of one draft
+GATE_STEPS = 32  # of each kind in a block of `routed`, whose gain is small beside the noise of one draft
 _GATE_FADE = 0.98
-_GATE_BLOCKS = 40  # after so many what is not surely faster is shut
+GATE_BLOCKS = 40  # after so many what is not surely faster is shut
 _GATE_PROBE = 1 / 32  # of the steps; the wrong kind costs a few per cent of each
 
 Key = tuple[Mode, str]
@@ -160,13 +160,13 @@ class GateTrack:
     def book(self, drafting: Share, shut: bool, level: float) -> None:
         """level: as in `Sums.speedup`."""
         (self._shut if shut else self._open).add(drafting)
-        if min(self._open.steps, self._shut.steps) < _GATE_STEPS:
+        if min(self._open.steps, self._shut.steps) < GATE_STEPS:
             return
         self.mean.add(self._open.speedup(level) / self._shut.speedup(level))
         self._open, self._shut = Sums(), Sums()
         if self.mean.sure and self.mean.value > 0:
             self.trust = Trust.ON
-        elif self.mean.sure or self.mean.blocks >= _GATE_BLOCKS:
+        elif self.mean.sure or self.mean.blocks >= GATE_BLOCKS:
             self.trust = Trust.OFF
         else:
             self.trust = Trust.UNSURE

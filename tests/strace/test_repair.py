@@ -19,6 +19,7 @@ from strace.kv import Batch
 from strace.linear import quantise
 from strace.measure import block_streams
 from strace.repair import (
+    DAMPING,
     March,
     Moments,
     Repair,
@@ -27,6 +28,8 @@ from strace.repair import (
     factor,
     fit_input,
     fit_output,
+    invert,
+    lower_factor,
     repair,
     round_second_order,
 )
@@ -155,6 +158,20 @@ def correlated(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     mixing = torch.randn(64, 64, generator=g) * torch.logspace(0, -2, 64)
     return torch.randn(rows, 64, generator=g) @ mixing.T + 1, torch.randn(16, 64, generator=g)
+
+
+@given(st.integers(1, 70), st.integers(0, 1000))
+def test_matrices_are_inverted_and_factored_in_their_own_memory(size: int, seed: int) -> None:
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrix = x.T @ x + torch.eye(size, dtype=torch.float64)
+    lower, inverse = lower_factor(first := matrix.clone()), invert(second := matrix.clone())
+    assert (lower.data_ptr(), inverse.data_ptr()) == (first.data_ptr(), second.data_ptr())
+    torch.testing.assert_close(lower @ lower.T, matrix)
+    torch.testing.assert_close(inverse @ matrix, torch.eye(size, dtype=torch.float64))
+    upper, damped = factor(matrix), matrix + DAMPING * matrix.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    squares = upper @ damped @ upper.T  # the inverse is upper.T @ diagonal @ upper
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(squares, torch.diag(squares.diagonal()))
 
 
 @settings(max_examples=10)

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from server.engine.engine import Drafts, Engine
-from server.engine.guard import Guard, Key, Trust
+from server.engine.guard import GATE_BLOCKS, GATE_STEPS, GateTrack, Guard, Key, Share, Trust
 from server.engine.options import Options
 from server.engine.request import Mode
 from strace.draft import Draft, DraftPlan
@@ -165,6 +165,18 @@ def test_a_gate_that_brings_nothing_is_shut() -> None:
         world.run(4000, {CHAT: (1.6, 1.2)})
         opened[gate(world.guard, "chat", world.batch) is Trust.ON] += 1
     assert opened[True] <= 2
+
+
+def test_a_gate_of_no_effect_is_shut_after_so_many_blocks() -> None:
+    """Now a little faster open, now a little slower: never sure, and not left open for ever."""
+    track, verdicts = GateTrack(), list[Trust]()
+    for block in range(GATE_BLOCKS):
+        for shut, seconds in ((True, 1.2), (False, 1.1 if block % 2 else 1.3)):
+            for _ in range(GATE_STEPS):
+                track.book(Share(expected=1.0, seconds=seconds, gain=0.6, share=1.0), shut, level=1.0)
+        verdicts.append(track.trust)
+    assert set(verdicts[:-1]) == {Trust.UNSURE}
+    assert verdicts[-1] is Trust.OFF
 
 
 def test_a_gate_is_opened_again() -> None:
