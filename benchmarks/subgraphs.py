@@ -410,7 +410,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.state.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(arguments.model)
-    full = load_decoder(checkpoint, choose_dtype("cpu"))
+    full = load_decoder(checkpoint, choose_dtype("cpu", runner="torch"))
     split = split_classes(read_classes(shipped_prompts(), arguments.classes))
     traced = {name: Traced(checkpoint, full, name, parts, arguments.state) for name, parts in split.items()}
     results = Results(arguments.state)

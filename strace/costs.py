@@ -27,6 +27,7 @@ from strace import native
 from strace.decoder import Decoder, Layer
 from strace.draft import TIMING, Held, plan_steps
 from strace.files import cache_folder, write_beside
+from strace.graphs import cpu_has_bf16
 from strace.kv import BLOCK, Batch, KVCache
 from strace.linear import Linear
 from strace.runner import FULL, Runner
@@ -96,8 +97,8 @@ class Prefill:
 @dataclass(frozen=True)
 class CostTable:
     """The costs measured in a setting. bandwidth: bytes/s at which this machine reads memory, the best of the rounds in
-    which the costs were measured. prefill: by the tokens of the prompt. peak: multiplications/s of a large product in
-    bf16."""
+    which the costs were measured. prefill: by the tokens of the prompt. peak: multiplications/s of a large product, by
+    `matrix_peak`."""
 
     setting: Setting
     date: str
@@ -244,9 +245,10 @@ def count_macs(full: Decoder, tokens: int) -> int:
 
 
 def matrix_peak(device: torch.device | str = "cpu", rounds: int = 12) -> float:
-    """Multiplications/s of one large product in bf16 by torch, whose library is the processor's maker's: the best of a
-    few."""
-    square = torch.ones(_SQUARE, _SQUARE, dtype=torch.bfloat16, device=device)
+    """Multiplications/s of one large product by torch, whose library is the processor's maker's: the best of a few. In
+    bf16, but for CPUs that do not multiply in it, where torch takes minutes: there in fp32."""
+    emulated = torch.device(device).type == "cpu" and not cpu_has_bf16()
+    square = torch.ones(_SQUARE, _SQUARE, dtype=torch.float32 if emulated else torch.bfloat16, device=device)
     times = []
     for _ in range(rounds):
         begun = time.perf_counter()

@@ -32,10 +32,10 @@ def choose_dtype(device: str, dtype: str = "auto", runner: str = "auto") -> str:
     if dtype != "auto":
         return dtype
     widened = device == "cpu" and runner != "torch" and native.why_unavailable() is None
-    return "bf16" if device not in ("cpu", "auto") or widened or _cpu_has_bf16() else "fp32"
+    return "bf16" if device not in ("cpu", "auto") or widened or cpu_has_bf16() else "fp32"
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies in bf16; in torch, emulated, it is slower than fp32. /proc/cpuinfo exists on Linux
     only."""
     cpuinfo = Path("/proc/cpuinfo")

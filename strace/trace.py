@@ -46,7 +46,7 @@ from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
 from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, short_enough, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, slice_decoder
-from strace.linear import Linear
+from strace.linear import DENSE, Linear
 from strace.measure import measure_acceptance, predict_speedup
 from strace.onpolicy import (
     TEMPERATURES,
@@ -278,7 +278,10 @@ class Tracer:
     def costs(self) -> StepCosts:
         """What steps cost here, timed at the first class that needs it."""
         self.say("timing steps")
-        return price_steps(self.lend(), self.base.weight_hash, self.options.format, self.options.runner)
+        full, served = self.lend(), choose_dtype("cpu", runner=self.options.runner)
+        if DENSE[served] is not full.dtype:
+            full = load_decoder(self.checkpoint, served, streamed=True)
+        return price_steps(full, self.base.weight_hash, self.options.format, self.options.runner)
 
     def recipe(self, material: Material) -> str:
         """The hash of everything a class's subgraph and its choice depend on: a finished folder with the same one need
@@ -646,7 +649,7 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
                 f"{name}: {len(long)} prompts are longer than the context of {checkpoint.spec.context}: cut ({long[0]})"
             )
     classifier = make_classifier(checkpoint, {name: split[name] for name in classes}, options.seed)
-    dtype = choose_dtype("cpu", runner=options.runner)
+    dtype = choose_dtype("cpu", runner="torch")  # which computes all but the continuations
     tracer = Tracer(checkpoint, load_decoder(checkpoint, dtype, streamed=True), options, say)
     made = {}
     try:

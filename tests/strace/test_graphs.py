@@ -19,7 +19,7 @@ def test_dtype() -> None:
 
 
 def test_only_torch_on_a_cpu_without_bf16_takes_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strace.graphs._cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("strace.graphs.cpu_has_bf16", lambda: False)
     monkeypatch.setattr("strace.native.why_unavailable", lambda: None)
     assert choose_dtype("cpu") == choose_dtype("cpu", runner="native") == "bf16"
     assert choose_dtype("cpu", runner="torch") == choose_dtype("auto") == "fp32"
