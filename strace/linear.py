@@ -141,6 +141,10 @@ def _dense_format(dtype: torch.dtype) -> str:
     raise ValueError(f"no format stores {dtype}; choose one of {', '.join(DENSE)}")
 
 
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
+
+
 def _has_blocked_kernel(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by this weight in a layout of its own: the same bits in about half of F.linear's
     time."""
@@ -184,22 +188,23 @@ class Linear:
         return self._use_dense(weight)
 
     def _use_dense(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        bias = self.bias  # not self, which would hold itself, and so its weights, until garbage is collected
         if not _has_blocked_kernel(weight):
-            return lambda x: F.linear(x, weight, self.bias)
+            return lambda x: F.linear(x, weight, bias)
         kernel = torch.ops.mkldnn._linear_pointwise.default
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         if self.codes is None:
             self._weight = blocked  # in place of the plain layout
-        return lambda x: kernel(x, blocked, self.bias, "none", [], "")
+        return lambda x: kernel(x, blocked, bias, "none", [], "")
 
     def _use_int8(self, weight: Codes) -> Callable[[Tensor], Tensor]:
-        kernel, scales = torch.ops.aten._weight_int8pack_mm.default, weight.scales[:, 0].contiguous()
+        kernel, scales, bias = torch.ops.aten._weight_int8pack_mm.default, weight.scales[:, 0].contiguous(), self.bias
         # torch's kernel crashes on codes that lie anywhere but on a cache line, as those of a mapped file may.
         codes = weight.codes.clone() if weight.codes.data_ptr() % _CACHE_LINE else weight.codes
-        return lambda x: self._add_bias(kernel(x, codes, scales))
+        return lambda x: _add_bias(kernel(x, codes, scales), bias)
 
     def _use_int4(self, weight: Codes) -> Callable[[Tensor], Tensor]:
-        n = self.shape[0]
+        n, bias = self.shape[0], self.bias
         short = -n % _KERNEL_ROWS
         codes = F.pad(weight.codes, (0, 0, 0, short)).int() + 8
         scales = F.pad(weight.scales, (0, 0, 0, short))
@@ -207,11 +212,8 @@ class Linear:
         with_zeros = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1).contiguous()
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         if short:
-            return lambda x: self._add_bias(kernel(x, packed, GROUP, with_zeros)[:, :n])
-        return lambda x: self._add_bias(kernel(x, packed, GROUP, with_zeros))
-
-    def _add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias
+            return lambda x: _add_bias(kernel(x, packed, GROUP, with_zeros)[:, :n], bias)
+        return lambda x: _add_bias(kernel(x, packed, GROUP, with_zeros), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[R, K] -> [R, N]."""

@@ -91,7 +91,7 @@ class Counted:
         self._made = [each for each in self._made if each() is not None]
 
         def copy(linear: Linear) -> Linear:
-            weight = linear.dense().to(self._full.dtype)
+            weight = linear.dense().to(self._full.dtype, copy=True)
             self._made.append(weakref.ref(weight))
             return Linear(weight, linear.bias)
 
