@@ -21,7 +21,7 @@ from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
 from strace.classes import BadPrompts, Prompt
 from strace.classifier import Classifier
 from strace.distill import Distilled, distill
-from strace.graphs import load_drafts
+from strace.graphs import choose_dtype, load_drafts
 from strace.head import measure_mass
 from strace.keep import Plan
 from strace.measure import measure_acceptance
@@ -44,6 +44,7 @@ def write_prompts(folder: Path) -> Path:
 
 
 Traced = tuple[Options, dict[str, Manifest]]
+TRACED = choose_dtype("cpu", runner="torch")  # of the full model while it is traced
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_every_class_and_pooled_get_a_folder_that_loads(traced: Traced) -> None:
     options, made = traced
     assert sorted(made) == ["digits", "letters", "pooled"]
     checkpoint = open_checkpoint(options.model)
-    full = load_decoder(checkpoint)
+    full = load_decoder(checkpoint, TRACED)
     graphs = load_subgraphs(options.output, checkpoint, full)
     assert "pooled" in graphs
     assert sorted(graphs) == sorted(name for name, manifest in made.items() if manifest.pays)
@@ -86,7 +87,7 @@ def test_every_family_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     prompts = write_prompts(tmp_path / "prompts")
     made = trace(Options(model, tmp_path / "out", prompts, classes=("digits",)), lambda line: None)
     checkpoint = open_checkpoint(model)
-    graphs = load_subgraphs(tmp_path / "out", checkpoint, load_decoder(checkpoint))
+    graphs = load_subgraphs(tmp_path / "out", checkpoint, load_decoder(checkpoint, TRACED))
     assert {name: graph.bytes_per_step for name, graph in graphs.items()} == {
         name: manifest.measured.bytes_per_step for name, manifest in made.items()
     }
@@ -135,7 +136,7 @@ def test_another_recipe_is_made_again(traced: Traced) -> None:
     options, _ = traced
     checkpoint = open_checkpoint(options.model)
     tracers = [
-        pipeline.Tracer(checkpoint, load_decoder(checkpoint), o, print)
+        pipeline.Tracer(checkpoint, load_decoder(checkpoint, TRACED), o, print)
         for o in (options, Options(options.model, options.output, options.prompts, size=0.3))
     ]
     parts = pipeline.split_classes(pipeline.read_prompts(options.prompts))["digits"]
@@ -166,7 +167,7 @@ def test_a_trace_cut_off_goes_on_where_it_was(traced: Traced, tmp_path: Path, mo
     options, made = traced
     said: list[str] = []
     checkpoint = open_checkpoint(options.model)
-    full = load_decoder(checkpoint, "bf16")
+    full = load_decoder(checkpoint, TRACED)
     tracer = pipeline.Tracer(checkpoint, full, replace(options, output=tmp_path), said.append)
 
     def fail(*_: object) -> None:
@@ -192,7 +193,7 @@ def test_a_head_that_is_the_embedding_too_is_packed_once_whatever_torch_made_of_
     model = str(save_tiny(tmp_path / "model", tie_word_embeddings=True))
     checkpoint = open_checkpoint(model)
     tracer = pipeline.Tracer(
-        checkpoint, load_decoder(checkpoint, "bf16"), replace(traced[0], model=model, runner="native"), print
+        checkpoint, load_decoder(checkpoint, TRACED), replace(traced[0], model=model, runner="native"), print
     )
     packed = []
     for _ in range(2):
@@ -208,7 +209,7 @@ def test_what_does_not_pay_is_not_served(traced: Traced, tmp_path: Path, monkeyp
     dear = StepCosts((2.0, 0.0, 0.0), {1: 1.0, 9: 1.0}, "dear")
     monkeypatch.setattr(pipeline, "price_steps", lambda *_: dear)
     checkpoint = open_checkpoint(options.model)
-    full = load_decoder(checkpoint, "bf16")
+    full = load_decoder(checkpoint, TRACED)
     try_one(pipeline.Tracer(checkpoint, full, replace(options, output=tmp_path), print), [])
     manifest = read_manifest(tmp_path / "digits")
     assert not manifest.pays
@@ -310,7 +311,7 @@ def test_distilling_goes_on_after_its_last_round(
 ) -> None:
     options, made = traced
     checkpoint = open_checkpoint(options.model)
-    full = load_decoder(checkpoint, "bf16")
+    full = load_decoder(checkpoint, TRACED)
     asked = replace(options, output=tmp_path, distill=10.0)
     said: list[str] = []
     tracer = pipeline.Tracer(checkpoint, full, asked, said.append)
