@@ -23,10 +23,9 @@ from torch import Tensor
 
 from strace.decoder import Decoder, DenseAttend
 from strace.flow import Flow
-from strace.repair import invert
+from strace.repair import DAMPING, invert
 from strace.texts import Texts
 
-DAMPING = 0.01  # in mean diagonals of the inputs' moments
 TURNS = 96  # in which the neurons of a layer go
 UNITS = ("refit", "flow", "uniform", "first", "random", "magnitude", "wanda", "moment")
 

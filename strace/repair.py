@@ -33,7 +33,7 @@ from strace.linear import DENSE, GROUP, Codes, Linear, quantise
 from strace.texts import Texts
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # in mean diagonals of the inputs' moments
-DAMPING = 0.01
+DAMPING = 0.01  # in the same
 LOT = 1 << 24  # numbers of an input projection that are fitted together
 
 
