@@ -33,7 +33,7 @@ from strace.checkpoint import Checkpoint
 from strace.classes import BadPrompts, Parts, Prompt, read_prompts, shipped_prompts, split_classes
 from strace.costs import name_processor
 from strace.duplicates import drop_repeats
-from strace.graphs import choose_dtype, choose_folder
+from strace.graphs import choose_folder
 from strace.losses import THRESHOLDS, Losses
 from strace.sampling import SamplingParams
 from strace.subgraph import Manifest, find_subgraphs, read_manifest
@@ -86,9 +86,7 @@ def certify(asked: Asked, progress: Progress = lambda doing, share: None) -> tup
     by_class: dict[str, list[list[int]]] = {name: [] for name in engine.classes}
     for ids in read_documents(checkpoint, asked.prompts, folder, room):
         by_class[engine.choose(ids)].append(ids)
-    where = asked.placement
-    dtype = choose_dtype(where.device, where.dtype, where.runner)
-    setting = Setting(engine.runner.name, engine.runner.isa, dtype)
+    setting = Setting(engine.runner.name, engine.runner.isa, asked.placement.format)
     names = [name for name in served if name in asked.classes or not asked.classes]
     found, whole = {}, True
     for number, name in enumerate(names):

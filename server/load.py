@@ -19,7 +19,6 @@ from server.engine.request import Mode
 from server.engine.worker import Worker
 from server.metrics import Metrics
 from strace.checkpoint import Checkpoint
-from strace.graphs import choose_dtype
 from strace.kv import BLOCK
 
 
@@ -39,12 +38,12 @@ def load_served(config: EngineConfig) -> Served:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {config.device!r} is not available on this machine")
     metrics = Metrics()
-    worker = Worker()
+    worker, placement = Worker(), _place(config)
     build = partial(
         build_engine,
         config.model,
         config.subgraphs,
-        placement=_place(config),
+        placement=placement,
         options=make_options(config),
         observer=metrics,
         worker=worker,
@@ -53,8 +52,7 @@ def load_served(config: EngineConfig) -> Served:
     name = config.name if isinstance(config, ServeConfig) else config.model
     metrics.watch(engine.stats)
     metrics.watch_judges(engine.guard, engine.auditor)
-    dtype = choose_dtype(config.device, config.dtype, config.runner)
-    metrics.info.labels(version("strace-llm"), name, dtype, config.device).set(1)
+    metrics.info.labels(version("strace-llm"), name, placement.format, config.device).set(1)
     template = str(checkpoint.tokenizer.chat_template or "")
     auto = config.tool_parser == "auto"
     return Served(

@@ -48,6 +48,11 @@ class Placement:
     runner: str = "auto"
     compile: str = "auto"
 
+    @property
+    def format(self) -> str:
+        """Of the full model's matrices, once `auto` is decided."""
+        return choose_dtype(self.device, self.dtype, self.runner)
+
 
 def build_engine(
     model: str,
@@ -69,7 +74,7 @@ def build_engine(
     """
     where, options = placement or Placement(), options or Options()
     checkpoint = open_checkpoint(model, where.context, trust_remote_code)
-    dtype = choose_dtype(where.device, where.dtype, where.runner)
+    dtype = where.format
     full = load_decoder(checkpoint, dtype, where.device, where.max_memory, streamed=where.device == "cpu")
     folder = choose_folder(model, subgraphs)
     drafts = load_drafts(checkpoint, full, folder)
@@ -122,7 +127,7 @@ def reload_drafts(
         raise BadCheckpoint(
             f"the weights of model {checkpoint.model!r} have changed; start the server anew to serve them"
         )
-    full, dtype = old.graphs[FULL], choose_dtype(where.device, where.dtype, where.runner)
+    full, dtype = old.graphs[FULL], where.format
     if full.embed.is_meta:
         full = load_decoder(again, dtype, where.device, where.max_memory, streamed=True)
     folder = choose_folder(checkpoint.model, subgraphs)
