@@ -166,7 +166,15 @@ class Served:
         return prompt
 
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Text as token ids."""
+        """Text as token ids.
+
+        Raises:
+            ApiError: half a surrogate pair, which JSON can write, is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise invalid("the text has half a surrogate pair, which is no character") from None
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def count_tokens(self, text: str) -> int:

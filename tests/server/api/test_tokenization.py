@@ -40,3 +40,9 @@ def test_conversation_counts_as_it_is_billed(http: httpx.Client) -> None:
 )
 def test_field_at_fault_is_named(http: httpx.Client, path: str, body: Any, param: str) -> None:
     check_error(http.post(path, json=body), 400, param)
+
+
+def test_half_a_character_is_refused(http: httpx.Client) -> None:
+    body = '{"prompt": "before \\ud800 after"}'
+    answer = http.post("/tokenize", content=body, headers={"Content-Type": "application/json"})
+    assert "surrogate" in check_error(answer, 400, None)["message"]
