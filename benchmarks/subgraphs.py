@@ -10,9 +10,9 @@ a method loses against ours comes with a bootstrap interval (95 %, sources drawn
 
 | method | what |
 |---|---|
-| ours | the best of several heads (chosen on texts apart), units by `refit`, fitted and rounded second-order |
-| no repair | the same units and head, plainly rounded |
-| flow, uniform, random, magnitude, wanda, first | the same head and repair, units scored otherwise (strace.controls) |
+| ours | the best of several heads (chosen on texts apart), units by `refit`, repaired and the head fitted |
+| no repair | the same units and head, plainly rounded and not fitted |
+| flow, uniform, random, magnitude, wanda, moment, first | the same head and repair, units scored otherwise (strace.controls) |
 | pooled, other | ours of all classes together; ours of another class |
 | pooled units, other units | ours, but the units are scored on all classes together or on another class |
 | pooled repair, other repair | ours, but repaired on the texts of all classes together or of another class |
@@ -56,7 +56,7 @@ from strace.distill import distill
 from strace.files import file_beside, write_beside
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
-from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, special_ids
+from strace.head import count_tokens, cut_head, fit_head, measure_mass, rank_tokens, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, kept_bytes, slice_decoder
 from strace.linear import GROUP, Linear
 from strace.measure import block_streams, compare, measure_acceptance
@@ -69,7 +69,7 @@ from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 CLASSES = ("chat", "code", "facts", "math", "stories")
 SIZES = (0.125, 0.25, 0.5, 1 / 3)
 SMALL = 0.2  # below this share of the bytes a long head would leave no neurons
-CONTROLS = ("flow", "wanda", "magnitude", "uniform", "random", "first")
+CONTROLS = ("flow", "wanda", "moment", "magnitude", "uniform", "random", "first")
 OF_CLASS = ("pooled repair", "pooled units", "other repair", "other units")
 OTHERS = ("pooled", "other", *CONTROLS, *OF_CLASS, "no repair")
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
@@ -99,6 +99,7 @@ class Traced:
         self.full, self.name, self.state = full, name, state
         material = pipeline.gather_material(checkpoint, parts, 0)
         self.fit, self.choose, self._prompts = material.texts["fit"], material.texts["choose"], material.prompts["fit"]
+        self.some = pipeline.take_some(self.fit, pipeline.SOME_TOKENS)
         self._specials, self._stop_ids = special_ids(checkpoint), checkpoint.stop_ids
         self._headless: dict[tuple[Any, ...], Decoder] = {}
 
@@ -120,7 +121,7 @@ class Traced:
         return pipeline.Head(**self._keep("head", self._rank))
 
     def _rank(self) -> dict[str, Tensor]:
-        mass = measure_mass(self.full, self.fit)
+        mass = measure_mass(self.full, self.some)
         counts = count_tokens(self.fit, self.full.spec.vocabulary)
         return {"ranked": rank_tokens(mass, counts, self._specials), "mass": mass}
 
@@ -129,11 +130,11 @@ class Traced:
         spec = self.full.spec
         groups, neurons = (torch.zeros(spec.layers, n, dtype=torch.float64) for n in (spec.kv_heads, spec.mlp))
         nothing = Flow(groups, neurons, torch.zeros(0))  # attention is kept whole
-        return make_flow(self._keep("refit", lambda: flow_tensors(score_units("refit", nothing, self.full, self.fit))))
+        return make_flow(self._keep("refit", lambda: flow_tensors(score_units("refit", nothing, self.full, self.some))))
 
     def make(self, plan: Plan, scores: Flow, repaired: bool = True, on: Traced | None = None) -> Made:
-        """A plan's subgraph, repaired on the texts of another class where `on` is given; layers that several heads
-        share are repaired once."""
+        """A plan's subgraph, repaired and its head fitted on the texts of another class where `on` is given; layers
+        that several heads share are repaired once."""
         ids = self.head.cut(plan.coverage)
         kept = keep_units(scores, plan)
         if not repaired:
@@ -142,7 +143,8 @@ class Traced:
         key = (by.name, plan.format, *(tuple(t.tolist()) for t in (*kept.groups, *kept.neurons)))
         if key not in self._headless:
             self._headless[key] = repair(self.full, kept, plan.format, by.fit, by.choose)
-        return Made(cut_head(self._headless[key], ids), replace(kept, token_ids=ids), plan)
+        cut = cut_head(self._headless[key], ids)
+        return Made(fit_head(self.full, cut, by.fit), replace(kept, token_ids=ids), plan)
 
     def ours(self, size: float) -> Made:
         """The best on the texts to choose by of all heads, in the widest format that leaves room; kept on disk."""
@@ -192,7 +194,7 @@ class Traced:
 
     def control(self, units: str, size: float, like: Plan) -> Made:
         """Units scored by `units` within the same bytes, with the head of `like`, repaired alike."""
-        scores = score_units(units, self.flow, self.full, self.fit)
+        scores = score_units(units, self.flow, self.full, self.some)
         if units != "first":
             return self.chosen_by(scores, size, like)
         budget, ids = size * full_bytes(self.full), self.head.cut(like.coverage)

@@ -18,9 +18,9 @@ from server.api.served import Served
 from server.app import create_app
 from server.config import ServeConfig
 from server.engine.engine import Engine
-from server.engine.memory import keep_less
 from server.life import Server
 from server.load import load_served
+from strace.memory import keep_less
 
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

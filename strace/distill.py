@@ -1,8 +1,7 @@
 """Distillation: the codes, scales and biases of a rounded subgraph, trained so that its drafts are accepted more often.
 
 The loss is the rejected share itself, the total variation to the full model's distributions at temperature 1, in the
-regime of serving (blocks.py). Codes are trained as real numbers that every pass rounds, with the gradient carried
-through as if it did not (straight-through, arXiv:1308.3432): the kept weights keep their format, and no byte is added.
+regime of serving (blocks.py). What learns, and that no byte is added, is said in trained.py.
 """
 
 from __future__ import annotations
@@ -13,51 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from strace.blocks import BlockAttend, RecordAttend, random_starts
 from strace.decoder import Decoder, Layer
-from strace.linear import Codes, Linear
+from strace.linear import Linear
 from strace.sampling import total_variation
 from strace.texts import Texts
+from strace.trained import Trained
 
 ROWS = 2048  # positions of a step; more are drawn from
-RANGES = {"int4": (-8, 7), "int8": (-127, 127)}
 # Most change per step: of a code, of the logarithm of a scale, of a bias.
 RATES = {"codes": 0.02, "scales": 3e-4, "biases": 3e-4}
-
-
-class Trained(Linear):
-    """A quantised matrix whose codes, scales and bias learn."""
-
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
-        assert linear.codes is not None
-        super().__init__(linear.codes, linear.bias, dtype)
-        self.numbers = linear.codes.codes.float().requires_grad_()
-        self.growth = torch.zeros_like(linear.codes.scales, dtype=torch.float32).requires_grad_()
-        self.added = None if linear.bias is None else linear.bias.float().clone().requires_grad_()
-        self._start = linear.codes.scales.float().clone()
-
-    @property
-    def scales(self) -> Tensor:
-        return self._start * self.growth.exp()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        assert self.codes is not None
-        bounded = self.numbers.clamp(*RANGES[self.codes.format])
-        codes = bounded + (bounded.round() - bounded).detach()
-        n, groups = self.growth.shape
-        weight = (codes.view(n, groups, -1) * self.scales[..., None]).view(self.numbers.shape)
-        return F.linear(x, weight.to(x.dtype), None if self.added is None else self.added.to(x.dtype))
-
-    def settle(self) -> Linear:
-        """As it is served."""
-        assert self.codes is not None
-        with torch.no_grad():
-            codes = self.numbers.clamp(*RANGES[self.codes.format]).round().to(torch.int8)
-            bias = None if self.added is None or self.bias is None else self.added.to(self.bias.dtype)
-            return Linear(Codes(self.codes.format, codes, self.scales.to(torch.bfloat16)), bias, self._dtype)
 
 
 def map_linears(decoder: Decoder, change: Callable[[Linear], Linear]) -> Decoder:

@@ -1,4 +1,4 @@
-"""The short head: the vocabulary rows that a class really uses."""
+"""The short head: the vocabulary rows that a class really uses, and what a subgraph's are fitted to."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from strace.blocks import random_starts
 from strace.checkpoint import Checkpoint
-from strace.decoder import Decoder, DenseAttend
+from strace.decoder import Decoder, DenseAttend, soft_cap
+from strace.keep import take
 from strace.linear import Codes, Linear
+from strace.measure import block_streams
 from strace.texts import Texts, split_rows
+from strace.trained import Trained
+
+PASSES = 9  # over the texts that a head is fitted on
+ROWS = 2048  # positions of a step
+RATE = 0.05  # the most that a code changes in a step
 
 
 @torch.inference_mode()
@@ -76,3 +85,42 @@ def cut_head(subgraph: Decoder, ids: Tensor | None) -> Decoder:
     weight = Codes(weight.format, weight.codes[ids], weight.scales[ids]) if isinstance(weight, Codes) else weight[ids]
     head = Linear(weight, None if bias is None else bias[ids], subgraph.dtype)
     return replace(subgraph, head=head, token_ids=ids)
+
+
+def fit_head(full: Decoder, subgraph: Decoder, batches: Sequence[Texts], seed: int = 0) -> Decoder:
+    """The subgraph with its quantised head fitted, by cross-entropy, to the full model's distributions over the head's
+    tokens. No linear fit of the layers before (repair.py) sees what the softmax makes of the error they leave.
+
+    The layers stay as they are, so their streams over the texts are computed once. A dense head is left alone.
+    """
+    if subgraph.head.codes is None:
+        return subgraph
+    rows = full.head if subgraph.token_ids is None else take(full.head, rows=subgraph.token_ids)
+    wanted, own = _read_streams(full, subgraph, batches, seed)
+    trained, generator = Trained(subgraph.head, subgraph.dtype), torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam([trained.numbers], lr=RATE, betas=(0.9, 0.98))
+    size, cap = min(ROWS, len(own)), full.spec.logit_cap
+    steps = round(PASSES * len(own) / size)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        some = torch.randint(len(own), (size,), generator=generator).to(own.device)
+        with torch.no_grad():
+            p = soft_cap(rows(wanted[some]).float(), cap).softmax(-1)
+        loss = F.cross_entropy(soft_cap(trained(own[some]).float(), cap), p)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        falling.step()
+    return replace(subgraph, head=trained.settle())
+
+
+@torch.no_grad()
+def _read_streams(full: Decoder, subgraph: Decoder, batches: Sequence[Texts], seed: int) -> tuple[Tensor, Tensor]:
+    """What the heads of the full model and of the drafting subgraph read of the texts, [R, hidden] each."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for batch in batches:
+        real = batch.real.flatten()
+        streams = block_streams(full, subgraph, batch, random_starts(batch.shape, generator))
+        found.append([full.normalise(stream[real.to(stream.device)], full.final_norm) for stream in streams])
+    wanted, own = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return wanted, own

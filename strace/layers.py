@@ -8,6 +8,7 @@ from typing import overload
 import torch
 
 from strace.decoder import Layer
+from strace.memory import give_back
 
 ROOM = 1 << 27  # bytes of layers that stay
 
@@ -55,6 +56,7 @@ class Layers(Sequence[Layer]):
             return last
         if l in self._staying:
             return self._staying[l]
+        give_back()  # malloc keeps what earlier layers took: at the size of a billion weights, one and a half gigabytes
         with torch.inference_mode(False):  # distillation cannot read inference tensors
             return self._make(l)
 

@@ -71,27 +71,28 @@ def quantise(weight: Tensor, format: str) -> Codes:
         raise ValueError(f"{format!r} is not a quantised format; choose int8 or int4")
     if format == "int4" and k % GROUP:
         raise ValueError(f"int4 needs a multiple of {GROUP} inputs, got {k}")
+    # Threads fill what is made here: memory that each allocates for itself would stay with it.
+    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(n, k // GROUP if format == "int4" else 1, dtype=torch.bfloat16, device=weight.device)
     step = max(1, _PIECE // k)
-    parts = [weight[first : first + step] for first in range(0, n, step)]
+    pieces = [slice(first, first + step) for first in range(0, n, step)]
     if weight.device.type == "cpu" and native.available():
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            pieces = list(pool.map(lambda part: quantise_natively(part, format), parts))
+            for _ in pool.map(lambda rows: quantise_natively(weight[rows], codes[rows], scales[rows], format), pieces):
+                pass
     else:
-        pieces = [_quantise_rows(part, format) for part in parts]
-    codes, scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
+        for rows in pieces:
+            codes[rows], scales[rows] = _quantise_rows(weight[rows], format)
     return Codes(format, codes, scales)
 
 
-def quantise_natively(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of some rows by the native library, on this thread alone; the same bits as `_quantise_rows`."""
+def quantise_natively(weight: Tensor, codes: Tensor, scales: Tensor, format: str) -> None:
+    """Fill in codes and scales of some rows by the native library, on this thread alone; the same bits as
+    `_quantise_rows`."""
     dense = weight.detach() if weight.dtype == torch.bfloat16 else weight.detach().float()
     dense, (n, k) = dense.contiguous(), weight.shape
-    codes = torch.empty(n, k, dtype=torch.int8)
-    scales = torch.empty(n, k // GROUP if format == "int4" else 1, dtype=torch.bfloat16)
     described = native.FORMATS[format], n, k, native.FORMATS[_dense_format(dense.dtype)]
-    places = (tensor.data_ptr() for tensor in (dense, codes, scales))
-    native.check(native.load().st_quantise(*described, *places))
-    return codes, scales
+    native.check(native.load().st_quantise(*described, *(t.data_ptr() for t in (dense, codes, scales))))
 
 
 def _quantise_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:

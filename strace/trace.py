@@ -42,9 +42,10 @@ from strace.costs import name_processor, read_table
 from strace.decoder import Decoder
 from strace.distill import distill
 from strace.duplicates import drop_repeats
+from strace.families import Spec
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
-from strace.head import count_tokens, cut_head, measure_mass, rank_tokens, short_enough, special_ids
+from strace.head import count_tokens, cut_head, fit_head, measure_mass, rank_tokens, short_enough, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, slice_decoder
 from strace.linear import DENSE, Linear
 from strace.measure import measure_acceptance, predict_speedup
@@ -88,10 +89,12 @@ from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
 
 Progress = Callable[[float], None]
 
-# Tokens read of each part. Moments of a few hundred inputs are settled by some twenty thousand rows, unit scores by
-# fewer.
-BUDGETS = {"fit": 16_384, "choose": 4_096, "report": 8_192}
+# Tokens read of each part. Units are scored and candidates compared on some of those to fit on; the chosen one is
+# fitted on all of them, for what fits one source need not fit another.
+BUDGETS = {"fit": 65_536, "choose": 4_096, "report": 8_192}
 FLOW_TOKENS = 8_192
+SOME_TOKENS = 16_384
+HELD = 1 << 27  # inputs of one projection that a fit may hold: of wide models fewer tokens than the budget are read
 # Prompts that the full model continues, the most tokens given of each, and the most that it writes.
 CONTINUED = {"choose": 32, "report": 48}
 CONTINUED_TO_FIT = 160  # more of them: to be distilled on
@@ -166,7 +169,7 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
             raise BadPrompts(f"all prompts to {use} by repeat those of earlier parts: sources differ, texts do not")
         ids: list[list[int]] = [checkpoint.tokenizer(prompt.text, verbose=False)["input_ids"] for prompt in prompts]
         long += [p.place for p, own in zip(prompts, ids, strict=True) if len(own) > checkpoint.spec.context]
-        chosen = _draw_pieces(ids, min(LONGEST, checkpoint.spec.context), BUDGETS[use], seed)
+        chosen = _draw_pieces(ids, min(LONGEST, checkpoint.spec.context), _limit(BUDGETS[use], checkpoint.spec), seed)
         if not chosen:
             raise BadPrompts(f"all prompts to {use} by are empty to this model's tokenizer")
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
@@ -182,6 +185,11 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
     counts = {"fit": CONTINUED_TO_FIT, **CONTINUED}
     drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in counts.items()}
     return Material(texts, data, drawn, tuple(long))
+
+
+def _limit(budget: int, spec: Spec) -> int:
+    """So many tokens, or as many as `HELD` allows of a model, which is `SOME_TOKENS` at least."""
+    return min(budget, max(SOME_TOKENS, HELD // max(spec.hidden, spec.mlp)))
 
 
 def _draw_prompts(
@@ -314,20 +322,21 @@ class Tracer:
         if self.finished(name, recipe):
             self.say(f"{name}: finished before")
             return None
-        fit, seed = material.texts["fit"], self.options.seed
+        some, seed = take_some(material.texts["fit"], SOME_TOKENS), self.options.seed
         own = {use: self.continue_part(material, use, TEMPERATURES) for use in CONTINUED}
         self.rest()
-        self.say(f"{name}: scoring units on {material.data['fit'].tokens} tokens")
-        flow = measure_flow(self.full, _first(fit, FLOW_TOKENS))
-        flow = score_units(self.options.units, flow, self.full, fit, seed)
-        mass = measure_mass(self.full, fit)
-        counts = count_tokens(fit, self.full.spec.vocabulary)
+        self.say(f"{name}: scoring units on {count_positions(some)} tokens")
+        flow = measure_flow(self.full, take_some(some, FLOW_TOKENS))
+        flow = score_units(self.options.units, flow, self.full, some, seed)
+        mass = measure_mass(self.full, some)
+        counts = count_tokens(material.texts["fit"], self.full.spec.vocabulary)
         head = Head(rank_tokens(mass, counts, special_ids(self.checkpoint)), mass)
         work = self.options.output / ".work" / f"{name}-{recipe[:16]}"
         tried = self.try_plans(name, flow, head, material, own["choose"], work)
-        best = self.pick(name, choose(tried), material, work)
+        best = self.pick(name, choose(tried), material, own["choose"], work)
         if self.options.distill:
             best = self.distil(name, best, material, own["choose"], work)
+        tried = [best.tried if t.record.plan == best.tried.record.plan else t for t in tried]
         manifest, positions = self.describe(name, material, recipe, best, tried, own)
         saved = save_subgraph(self.options.output / name, manifest, best.subgraph, best.tried.kept, positions)
         shutil.rmtree(work, ignore_errors=True)
@@ -394,7 +403,7 @@ class Tracer:
             some = list(group)
             self.progress(len(tried) / len(plans))
             kept = keep_units(flow, some[0])
-            headless = self.build(name, some[0], kept, material, work)
+            headless = self.build(name, some[0], kept, material, SOME_TOKENS, work)
             heads = [head.cut(plan.coverage) for plan in some]
             records = self.record(some, [cut_head(headless, ids) for ids in heads], own)
             for ids, record in zip(heads, records, strict=True):
@@ -403,22 +412,39 @@ class Tracer:
         front = find_front([t.record for t in tried])
         return [replace(t, record=t.record.model_copy(update={"best": b})) for t, b in zip(tried, front, strict=True)]
 
-    def pick(self, name: str, tried: Tried, material: Material, work: Path) -> Chosen:
-        """A candidate with its subgraph."""
-        headless = self.build(name, tried.record.plan, replace(tried.kept, token_ids=None), material, work)
-        return Chosen(tried, cut_head(headless, tried.kept.token_ids))
+    def pick(self, name: str, tried: Tried, material: Material, own: Sequence[Continuation], work: Path) -> Chosen:
+        """A candidate with its subgraph, fitted on all texts, its head too."""
+        plan, kept = tried.record.plan, replace(tried.kept, token_ids=None)
 
-    def build(self, name: str, plan: Plan, kept: Kept, material: Material, work: Path) -> Decoder:
-        """A plan's layers, rounded and repaired, with every head row. What was repaired is kept in the folder `work`,
-        so that a trace that was cut off goes on where it was."""
+        def build(tokens: int) -> Decoder:
+            return cut_head(self.build(name, plan, kept, material, tokens, work), tried.kept.token_ids)
+
+        best = Chosen(tried, build(SOME_TOKENS))
+        if not plan.repaired:
+            return best
+        fitted = fit_head(self.full, build(BUDGETS["fit"]), material.texts["fit"], self.options.seed)
+        return self.better(name, "fitted on all texts", best, replace(best, subgraph=fitted), own)
+
+    def better(self, name: str, how: str, before: Chosen, after: Chosen, own: Sequence[Continuation]) -> Chosen:
+        """`after`, measured, or `before` where it is not predicted to be faster."""
+        was = before.tried.record
+        [record] = self.record([was.plan], [after.subgraph], own)
+        self.say(f"{name}: {how}: {_summarise(record)}")
+        if record.speedup <= was.speedup:
+            return before
+        return replace(after, tried=replace(before.tried, record=record.model_copy(update={"best": was.best})))
+
+    def build(self, name: str, plan: Plan, kept: Kept, material: Material, tokens: int, work: Path) -> Decoder:
+        """A plan's layers, rounded and repaired on about so many tokens, with every head row. What was repaired is kept
+        in the folder `work`, so that a trace that was cut off goes on where it was."""
         if not plan.repaired:
             return quantise_decoder(slice_decoder(self.full, kept), plan.format)
-        parts = [plan.attention, plan.mlp, plan.whole, plan.format]
+        fit, choose = take_some(material.texts["fit"], tokens), material.texts["choose"]
+        parts = [plan.attention, plan.mlp, plan.whole, plan.format, count_positions(fit)]
         path = work / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
         if restored := restore_tensors(path, kept, self.full):
             return restored
-        self.say(f"{name}: repairing {plan.name}")
-        fit, choose = material.texts["fit"], material.texts["choose"]
+        self.say(f"{name}: repairing {plan.name} on {count_positions(fit)} tokens")
         repaired = repair(self.full, kept, plan.format, fit, choose, self.options.seed)
         work.mkdir(parents=True, exist_ok=True)
         save_tensors(path, repaired, kept)
@@ -432,7 +458,7 @@ class Tracer:
         texts = [*material.texts["fit"], *batch_texts([c.ids for c in written])]
         rounds = max(1, round(self.options.distill / ROUND_MINUTES))
         work.mkdir(parents=True, exist_ok=True)
-        subgraph, kept, before = best.subgraph, best.tried.kept, best.tried.record
+        subgraph, kept = best.subgraph, best.tried.kept
         for number in range(rounds + 1):
             path = work / f"distilled-{number}.safetensors"
             if not path.exists():
@@ -444,12 +470,7 @@ class Tracer:
             restored = restore_tensors(path, kept, self.full)  # holds no inference tensor
             assert restored is not None, "it was just written"
             subgraph = restored
-        [record] = self.record([before.plan], [subgraph], own)
-        self.say(f"{name}: distilled: {_summarise(record)}")
-        if record.speedup <= before.speedup:
-            return best
-        after = Tried(kept, record.model_copy(update={"best": before.best}))
-        return Chosen(after, subgraph, self.options.distill)
+        return self.better(name, "distilled", best, Chosen(best.tried, subgraph, self.options.distill), own)
 
     def record(
         self, plans: Sequence[Plan], subgraphs: Sequence[Decoder], own: Sequence[Continuation]
@@ -525,10 +546,14 @@ class Tracer:
         return manifest, reported
 
 
-def _first(batches: Sequence[Texts], tokens: int) -> list[Texts]:
+def count_positions(batches: Sequence[Texts]) -> int:
+    """Tokens of some texts."""
+    return sum(int(batch.lengths.sum()) for batch in batches)
+
+
+def take_some(batches: Sequence[Texts], tokens: int) -> list[Texts]:
     """Batches spread evenly over all (they are sorted by length), together about `tokens`."""
-    total = sum(int(batch.lengths.sum()) for batch in batches)
-    return list(batches[:: max(1, total // tokens)])
+    return list(batches[:: max(1, count_positions(batches) // tokens)])
 
 
 def find_front(records: Sequence[Candidate]) -> list[bool]:

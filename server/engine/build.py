@@ -13,7 +13,6 @@ import torch
 from server.engine.check import Limits
 from server.engine.cost import make_model, measure_start
 from server.engine.engine import Chooser, Drafts, Engine
-from server.engine.memory import give_back
 from server.engine.observer import Observer
 from server.engine.options import Options
 from server.engine.worker import Worker
@@ -25,6 +24,7 @@ from strace.costs import describe_setting, load_table
 from strace.decoder import Decoder
 from strace.graphs import choose_dtype, choose_folder, load_drafts, make_runner
 from strace.kv import BLOCK, block_bytes
+from strace.memory import give_back
 from strace.runner import FULL, Runner
 from strace.subgraph import list_unpaying
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strace.checkpoint import load_decoder, open_checkpoint
+from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.decoder import DenseAttend
-from strace.head import count_tokens, measure_mass, rank_tokens, short_enough, special_ids
+from strace.head import count_tokens, fit_head, measure_mass, rank_tokens, short_enough, special_ids
+from strace.keep import Kept, slice_decoder
+from strace.measure import measure_acceptance
 from strace.texts import batch_texts
 from tests.tiny import random_tokens, save_tiny
 
@@ -59,3 +63,27 @@ def test_full_coverage_needs_no_short_head() -> None:
 def test_a_token_the_class_uses_ranks_before_one_that_nobody_does() -> None:
     mass, counts = torch.tensor([0.5, 0.2, 0.3, 0.0]), torch.tensor([0.0, 0.0, 0.0, 0.4])
     assert rank_tokens(mass, counts, []).tolist() == [0, 3, 2, 1]
+
+
+@pytest.mark.parametrize(("family", "short"), [("llama", True), ("gemma2", False)], ids=["short", "capped"])
+def test_a_fitted_head_accepts_more_of_what_it_never_saw(tmp_path: Path, family: str, short: bool) -> None:
+    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path, family))), "fp32")
+    ids = torch.arange(0, 300, 2) if short else None
+    kept = Kept((torch.arange(2),) * 3, (torch.arange(0),) * 3, ids)  # without its MLPs
+    subgraph = quantise_decoder(slice_decoder(full, kept), "int4")
+    learnt, apart = (
+        batch_texts([random_tokens(48, seed=seed + i).tolist() for i in range(count)])
+        for seed, count in ((0, 120), (1000, 20))
+    )
+    fitted = fit_head(full, subgraph, learnt)
+    was, now = (measure_acceptance(full, s, apart).mean for s in (subgraph, fitted))
+    assert now > was + 0.01
+    assert fitted.bytes_per_step == subgraph.bytes_per_step
+    assert fitted.layers is subgraph.layers
+    assert fitted.head.format == subgraph.head.format
+    assert torch.equal(fit_head(full, subgraph, learnt).head.codes.codes, fitted.head.codes.codes)
+
+
+def test_a_dense_head_stays(tmp_path: Path) -> None:
+    full = load_decoder(open_checkpoint(str(save_tiny(tmp_path))), "fp32")
+    assert fit_head(full, replace(full), batch_texts([[1, 2, 3]])).head is full.head

@@ -162,6 +162,8 @@ from strace.trace import Options, trace
 folder = Path(sys.argv[1])
 cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
 pipeline.price_steps, pipeline.WRITTEN = lambda *_: cheap, 4
+split = pipeline.split_classes
+pipeline.split_classes = lambda *given: {"letters": split(*given)["letters"]}  # pooled would be the same again
 pipeline.plan_candidates = lambda *_: [Plan("part", mlp=0.5, coverage=0.9, format="int8")]
 flow.STREAMS = layers.ROOM = 0
 trace(Options(str(folder / "model"), folder / "out", folder / "letters.jsonl", class_name="letters"), lambda line: None)
@@ -184,8 +186,8 @@ def measure_peak(folder: Path, depth: int) -> tuple[int, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc tells the peak")
 def test_more_layers_take_no_more_memory_than_their_weights(tmp_path: Path) -> None:
-    (few, low), (many, high) = (measure_peak(tmp_path / str(depth), depth) for depth in (2, 26))
-    assert many - few > 70e6
+    (few, low), (many, high) = (measure_peak(tmp_path / str(depth), depth) for depth in (2, 18))
+    assert many - few > 45e6
     # Packed weights and the cache that continues prompts grow with the layers, and malloc keeps some of what is freed.
     # Layers that hold on to the file they were read from, which is in float32, take twice the weights more.
     assert high - low < 5 * (many - few)

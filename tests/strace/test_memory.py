@@ -10,7 +10,7 @@ import pytest
 
 COUNT = """
 import ctypes, threading
-from server.engine import memory
+from strace import memory
 {first}
 libc, barrier = ctypes.CDLL(None), threading.Barrier(24)
 libc.malloc.restype = ctypes.c_void_p
