@@ -20,10 +20,12 @@ from strace import trace as pipeline
 from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
 from strace.classes import BadPrompts, Prompt
 from strace.classifier import Classifier
+from strace.decoder import Decoder
 from strace.distill import Distilled, distill
 from strace.graphs import choose_dtype, load_drafts
 from strace.head import measure_mass
 from strace.keep import Plan
+from strace.linear import Codes, Linear
 from strace.measure import measure_acceptance
 from strace.native_runner import NativeRunner
 from strace.onpolicy import Positions
@@ -114,6 +116,21 @@ def test_the_manifest_says_what_was_tried_and_what_was_measured(traced: Traced) 
     assert (
         made["pooled"].data["fit"].prompts == made["letters"].data["fit"].prompts + made["digits"].data["fit"].prompts
     )
+
+
+def test_a_fit_that_loses_is_not_served(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(full: Decoder, subgraph: Decoder, *rest: object) -> Decoder:
+        weight = subgraph.head.weight
+        assert isinstance(weight, Codes)
+        return replace(subgraph, head=Linear(replace(weight, codes=torch.zeros_like(weight.codes)), None, full.dtype))
+
+    monkeypatch.setattr(pipeline, "fit_head", forget)
+    said: list[str] = []
+    made = trace(replace(traced[0], output=tmp_path, classes=("digits",)), said.append)["digits"]
+    [told] = [line for line in said if line.startswith("digits: fitted on all texts: ")]
+    [best] = [c for c in made.candidates if c.plan == made.plan]
+    assert np.mean(best.accepted) > 0.1 + float(told.split("accepted ")[1].split(",")[0])
+    assert np.mean(made.measured.accepted) > 0.5 * np.mean(best.accepted)
 
 
 def test_a_finished_class_is_not_made_again_but_a_damaged_one_is(traced: Traced) -> None:
