@@ -12,7 +12,7 @@ a method loses against ours comes with a bootstrap interval (95 %, sources drawn
 |---|---|
 | ours | the best of several heads (chosen on texts apart), units by `refit`, repaired and the head fitted |
 | no repair | the same units and head, plainly rounded and not fitted |
-| flow, uniform, random, magnitude, wanda, moment, first | the same head and repair, units scored otherwise (strace.controls) |
+| flow, uniform, random, magnitude, wanda, moment, first | the same head and repair, other scores (strace.controls) |
 | pooled, other | ours of all classes together; ours of another class |
 | pooled units, other units | ours, but the units are scored on all classes together or on another class |
 | pooled repair, other repair | ours, but repaired on the texts of all classes together or of another class |
