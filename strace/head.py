@@ -19,8 +19,9 @@ from strace.texts import Texts, split_rows
 from strace.trained import Trained
 
 PASSES = 9  # over the texts that a head is fitted on
-ROWS = 2048  # positions of a step
+ROWS, LOGITS = 2048, 1 << 25  # positions of a step, and its logits: as many at most
 RATE = 0.05  # the most that a code changes in a step
+LARGEST = 1 << 26  # weights of a head that is fitted: each takes 16 bytes meanwhile
 
 
 @torch.inference_mode()
@@ -91,15 +92,17 @@ def fit_head(full: Decoder, subgraph: Decoder, batches: Sequence[Texts], seed: i
     """The subgraph with its quantised head fitted, by cross-entropy, to the full model's distributions over the head's
     tokens. No linear fit of the layers before (repair.py) sees what the softmax makes of the error they leave.
 
-    The layers stay as they are, so their streams over the texts are computed once. A dense head is left alone.
+    The layers stay as they are, so their streams over the texts are computed once. A dense head is left alone, and so
+    is one of more than `LARGEST` weights.
     """
-    if subgraph.head.codes is None:
+    count, hidden = subgraph.head.shape
+    if subgraph.head.codes is None or count * hidden > LARGEST:
         return subgraph
     rows = full.head if subgraph.token_ids is None else take(full.head, rows=subgraph.token_ids)
     wanted, own = _read_streams(full, subgraph, batches, seed)
     trained, generator = Trained(subgraph.head, subgraph.dtype), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam([trained.numbers], lr=RATE, betas=(0.9, 0.98))
-    size, cap = min(ROWS, len(own)), full.spec.logit_cap
+    size, cap = min(ROWS, len(own), LOGITS // count), full.spec.logit_cap
     steps = round(PASSES * len(own) / size)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):

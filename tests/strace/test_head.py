@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strace import head
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.decoder import DenseAttend
 from strace.head import count_tokens, fit_head, measure_mass, rank_tokens, short_enough, special_ids
@@ -84,6 +85,22 @@ def test_a_fitted_head_accepts_more_of_what_it_never_saw(tmp_path: Path, family:
     assert torch.equal(fit_head(full, subgraph, learnt).head.codes.codes, fitted.head.codes.codes)
 
 
-def test_a_dense_head_stays(tmp_path: Path) -> None:
+def test_a_dense_head_stays_and_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, texts = load_decoder(open_checkpoint(str(save_tiny(tmp_path))), "fp32"), batch_texts([[1, 2, 3]])
+    assert fit_head(full, replace(full), texts).head is full.head
+    whole = quantise_decoder(full, "int4")
+    monkeypatch.setattr(head, "LARGEST", whole.head.shape[0] * whole.head.shape[1])
+    assert fit_head(full, whole, texts).head is not whole.head
+    monkeypatch.setattr(head, "LARGEST", head.LARGEST - 1)
+    assert fit_head(full, whole, texts).head is whole.head
+
+
+def test_few_logits_at_a_time_fit_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = load_decoder(open_checkpoint(str(save_tiny(tmp_path))), "fp32")
-    assert fit_head(full, replace(full), batch_texts([[1, 2, 3]])).head is full.head
+    kept = Kept((torch.arange(2),) * 3, (torch.arange(0),) * 3)
+    subgraph = quantise_decoder(slice_decoder(full, kept), "int4")
+    learnt = batch_texts([random_tokens(48, seed=i).tolist() for i in range(40)])
+    monkeypatch.setattr(head, "LOGITS", 100 * subgraph.head.shape[0])
+    fitted = fit_head(full, subgraph, learnt)
+    was, now = (measure_acceptance(full, s, learnt).mean for s in (subgraph, fitted))
+    assert now > was + 0.01
