@@ -18,7 +18,7 @@ from strace.measure import block_streams
 from strace.texts import Texts, split_rows
 from strace.trained import Trained
 
-PASSES = 9  # over the texts that a head is fitted on
+PASSES = 16  # over the texts that a head is fitted on
 ROWS, LOGITS = 2048, 1 << 25  # positions of a step, and its logits: as many at most
 RATE = 0.05  # the most that a code changes in a step
 LARGEST = 1 << 26  # weights of a head that is fitted: each takes 16 bytes meanwhile
