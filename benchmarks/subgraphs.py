@@ -64,7 +64,7 @@ from strace.onpolicy import continue_prompts, count_cache
 from strace.repair import repair
 from strace.runner import FULL
 from strace.subgraph import restore_tensors, save_tensors
-from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
+from strace.texts import LONGEST, Texts, batch_texts, cut_pieces, take_some
 
 CLASSES = ("chat", "code", "facts", "math", "stories")
 SIZES = (0.125, 0.25, 0.5, 1 / 3)
@@ -99,7 +99,7 @@ class Traced:
         self.full, self.name, self.state = full, name, state
         material = pipeline.gather_material(checkpoint, parts, 0)
         self.fit, self.choose, self._prompts = material.texts["fit"], material.texts["choose"], material.prompts["fit"]
-        self.some = pipeline.take_some(self.fit, pipeline.SOME_TOKENS)
+        self.some = take_some(self.fit, pipeline.SOME_TOKENS)
         self._specials, self._stop_ids = special_ids(checkpoint), checkpoint.stop_ids
         self._headless: dict[tuple[Any, ...], Decoder] = {}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from strace.decoder import Decoder, DenseAttend
 from strace.flow import Flow
 from strace.repair import DAMPING, invert
-from strace.texts import Texts
+from strace.texts import Texts, count_positions
 
 TURNS = 96  # in which the neurons of a layer go
 UNITS = ("refit", "flow", "uniform", "first", "random", "magnitude", "wanda", "moment")
@@ -100,8 +100,7 @@ def _add_products(
         device = full.embed.device
         attend = DenseAttend(*batch.shape, device=device)
         full.streams(batch.tokens.flatten().to(device), batch.positions.to(device), attend, tap)
-    rows = sum(int(batch.lengths.sum()) for batch in fit)
-    return {l: s / max(rows, 1) for l, s in sums.items()}
+    return {l: s / max(count_positions(fit), 1) for l, s in sums.items()}
 
 
 @torch.inference_mode()

@@ -15,11 +15,11 @@ from strace.decoder import Decoder, DenseAttend, soft_cap
 from strace.keep import take
 from strace.linear import Codes, Linear
 from strace.measure import block_streams
-from strace.texts import Texts, split_rows
+from strace.texts import LOGITS, Texts, split_rows
 from strace.trained import Trained
 
 PASSES = 16  # over the texts that a head is fitted on
-ROWS, LOGITS = 2048, 1 << 25  # positions of a step, and its logits: as many at most
+ROWS = 2048  # positions of a step, or as many as `LOGITS` allows
 RATE = 0.05  # the most that a code changes in a step
 LARGEST = 1 << 26  # weights of a head that is fitted: each takes 16 bytes meanwhile
 

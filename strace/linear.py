@@ -78,7 +78,7 @@ def quantise(weight: Tensor, format: str) -> Codes:
     pieces = [slice(first, first + step) for first in range(0, n, step)]
     if weight.device.type == "cpu" and native.available():
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for _ in pool.map(lambda rows: quantise_natively(weight[rows], codes[rows], scales[rows], format), pieces):
+            for _ in pool.map(lambda rows: _quantise_natively(weight[rows], codes[rows], scales[rows], format), pieces):
                 pass
     else:
         for rows in pieces:
@@ -86,7 +86,7 @@ def quantise(weight: Tensor, format: str) -> Codes:
     return Codes(format, codes, scales)
 
 
-def quantise_natively(weight: Tensor, codes: Tensor, scales: Tensor, format: str) -> None:
+def _quantise_natively(weight: Tensor, codes: Tensor, scales: Tensor, format: str) -> None:
     """Fill in codes and scales of some rows by the native library, on this thread alone; the same bits as
     `_quantise_rows`."""
     dense = weight.detach() if weight.dtype == torch.bfloat16 else weight.detach().float()

@@ -73,3 +73,13 @@ def _pad(pieces: Sequence[Sequence[int]]) -> Texts:
     for row, piece in zip(padded, pieces, strict=True):
         row[: len(piece)] = torch.tensor(piece)
     return Texts(padded, torch.tensor([len(p) for p in pieces]))
+
+
+def count_positions(batches: Sequence[Texts]) -> int:
+    """Tokens of some texts."""
+    return sum(int(batch.lengths.sum()) for batch in batches)
+
+
+def take_some(batches: Sequence[Texts], tokens: int) -> list[Texts]:
+    """Batches spread evenly over all (they are sorted by length), together about `tokens`."""
+    return list(batches[:: max(1, count_positions(batches) // tokens)])

@@ -85,7 +85,7 @@ from strace.subgraph import (
     save_subgraph,
     save_tensors,
 )
-from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
+from strace.texts import LONGEST, Texts, batch_texts, count_positions, cut_pieces, take_some
 
 Progress = Callable[[float], None]
 
@@ -544,16 +544,6 @@ class Tracer:
             machine=self.machine,
         )
         return manifest, reported
-
-
-def count_positions(batches: Sequence[Texts]) -> int:
-    """Tokens of some texts."""
-    return sum(int(batch.lengths.sum()) for batch in batches)
-
-
-def take_some(batches: Sequence[Texts], tokens: int) -> list[Texts]:
-    """Batches spread evenly over all (they are sorted by length), together about `tokens`."""
-    return list(batches[:: max(1, count_positions(batches) // tokens)])
 
 
 def find_front(records: Sequence[Candidate]) -> list[bool]:
