@@ -45,7 +45,6 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from strace import trace as pipeline
 from strace.blocks import even_starts
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import POOLED, Parts, shipped_prompts, split_classes
@@ -56,15 +55,17 @@ from strace.distill import distill
 from strace.files import file_beside, write_beside
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
-from strace.head import count_tokens, cut_head, fit_head, measure_mass, rank_tokens, special_ids
+from strace.head import Head, count_tokens, cut_head, fit_head, measure_mass, rank_tokens, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, kept_bytes, slice_decoder
 from strace.linear import GROUP, Linear
+from strace.material import GIVEN, SOME_TOKENS, gather_material
 from strace.measure import block_streams, compare, measure_acceptance
 from strace.onpolicy import continue_prompts, count_cache
 from strace.repair import repair
 from strace.runner import FULL
 from strace.subgraph import restore_tensors, save_tensors
 from strace.texts import LONGEST, Texts, batch_texts, cut_pieces, take_some
+from strace.trace import WRITTEN
 
 CLASSES = ("chat", "code", "facts", "math", "stories")
 SIZES = (0.125, 0.25, 0.5, 1 / 3)
@@ -97,9 +98,9 @@ class Traced:
 
     def __init__(self, checkpoint: Checkpoint, full: Decoder, name: str, parts: Parts, state: Path) -> None:
         self.full, self.name, self.state = full, name, state
-        material = pipeline.gather_material(checkpoint, parts, 0)
+        material = gather_material(checkpoint, parts, 0)
         self.fit, self.choose, self._prompts = material.texts["fit"], material.texts["choose"], material.prompts["fit"]
-        self.some = take_some(self.fit, pipeline.SOME_TOKENS)
+        self.some = take_some(self.fit, SOME_TOKENS)
         self._specials, self._stop_ids = special_ids(checkpoint), checkpoint.stop_ids
         self._headless: dict[tuple[Any, ...], Decoder] = {}
 
@@ -117,8 +118,8 @@ class Traced:
         return make_flow(self._keep("flow", lambda: flow_tensors(measure_flow(self.full, some))))
 
     @cached_property
-    def head(self) -> pipeline.Head:
-        return pipeline.Head(**self._keep("head", self._rank))
+    def head(self) -> Head:
+        return Head(**self._keep("head", self._rank))
 
     def _rank(self) -> dict[str, Tensor]:
         mass = measure_mass(self.full, self.some)
@@ -175,8 +176,8 @@ class Traced:
         """Ours, trained for so many minutes of this thread: what other work takes of the machine does not count."""
         made, path = self.ours(size), self.state / f"{self.name}-{size:.3f}-distilled-{minutes:g}.safetensors"
         if not path.exists():
-            runner = make_runner({FULL: self.full}, count_cache(pipeline.GIVEN, pipeline.WRITTEN))
-            ask = partial(continue_prompts, runner, self._prompts, 1.0, pipeline.WRITTEN, self._stop_ids)
+            runner = make_runner({FULL: self.full}, count_cache(GIVEN, WRITTEN))
+            ask = partial(continue_prompts, runner, self._prompts, 1.0, WRITTEN, self._stop_ids)
             written = batch_texts([each.ids for seed in range(CONTINUED) for each in ask(seed)])
             trained = distill(self.full, made.subgraph, [*self.fit, *written], 60 * minutes, clock=time.thread_time)
             print(f"{self.name}: {trained.steps} steps", flush=True)

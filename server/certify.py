@@ -35,9 +35,10 @@ from strace.costs import name_processor
 from strace.duplicates import drop_repeats
 from strace.graphs import choose_folder
 from strace.losses import THRESHOLDS, Losses
+from strace.material import gather_material
 from strace.sampling import SamplingParams
 from strace.subgraph import Manifest, find_subgraphs, read_manifest
-from strace.trace import gather_material, write_chat
+from strace.template import write_chat
 
 SIDE_BY_SIDE = 16
 BETWEEN_SAVES = 64  # texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,18 @@ def short_enough(ranked: Tensor, mass: Tensor, coverage: float, step: int = 32) 
     rows = int((held < coverage).sum()) + 1
     rows += -rows % step
     return None if rows >= len(ranked) else ranked[:rows].sort().values
+
+
+@dataclass(frozen=True)
+class Head:
+    """What short heads of a class are cut from: ids by use, and the full model's mean probability of each."""
+
+    ranked: Tensor
+    mass: Tensor
+
+    def cut(self, coverage: float) -> Tensor | None:
+        """The ids that hold `coverage` of the mass; None: all."""
+        return short_enough(self.ranked, self.mass, coverage)
 
 
 def cut_head(subgraph: Decoder, ids: Tensor | None) -> Decoder:

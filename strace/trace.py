@@ -13,41 +13,35 @@ from functools import cache, cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from strace.beside import Drafter, compare_speedups
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
 from strace.classes import (
     POOLED,
-    SHARES,
     BadPrompts,
     Parts,
-    Prompt,
     WriteChat,
     read_log,
     read_prompts,
     shipped_prompts,
     split_classes,
 )
-from strace.classifier import Classifier, Frame, fit_classifier
+from strace.classifier import Classifier, fit_classifier
 from strace.cluster import Clusters, cluster_prompts, save_clusters
 from strace.controls import score_units
 from strace.costs import name_processor, read_table
 from strace.decoder import Decoder
 from strace.distill import distill
 from strace.duplicates import drop_repeats
-from strace.families import Spec
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
-from strace.head import count_tokens, cut_head, fit_head, measure_mass, rank_tokens, short_enough, special_ids
+from strace.head import Head, count_tokens, cut_head, fit_head, measure_mass, rank_tokens, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, slice_decoder
 from strace.linear import DENSE, Linear
+from strace.material import BUDGETS, CONTINUED, GIVEN, SOME_TOKENS, Material, gather_material
 from strace.measure import measure_acceptance, predict_speedup
 from strace.onpolicy import (
     TEMPERATURES,
@@ -63,7 +57,7 @@ from strace.onpolicy import (
 )
 from strace.repair import repair
 from strace.runner import FULL, Runner
-from strace.search import Projection, StepCosts, price_steps, project_table
+from strace.search import StepCosts, price_steps, project_table
 from strace.subgraph import (
     MANIFEST,
     SCHEMA,
@@ -71,7 +65,6 @@ from strace.subgraph import (
     Base,
     Beside,
     Candidate,
-    Data,
     KeptLayer,
     Machine,
     Manifest,
@@ -85,22 +78,15 @@ from strace.subgraph import (
     save_subgraph,
     save_tensors,
 )
-from strace.texts import LONGEST, Texts, batch_texts, count_positions, cut_pieces, take_some
+from strace.template import read_frame, write_chat
+from strace.texts import batch_texts, count_positions, take_some
+from strace.verdict import find_front, judge, tell_candidate, tell_projected
 
 Progress = Callable[[float], None]
 
-# Tokens read of each part. Units are scored and candidates compared on some of those to fit on; the chosen one is
-# fitted on all of them, for what fits one source need not fit another.
-BUDGETS = {"fit": 65_536, "choose": 4_096, "report": 8_192}
 FLOW_TOKENS = 8_192
-SOME_TOKENS = 16_384
-HELD = 1 << 27  # inputs of one projection that a fit may hold: of wide models fewer tokens than the budget are read
-# Prompts that the full model continues, the most tokens given of each, and the most that it writes.
-CONTINUED = {"choose": 32, "report": 48}
-CONTINUED_TO_FIT = 160  # more of them: to be distilled on
+WRITTEN = 96  # tokens that the full model goes on with a prompt
 ROUND_MINUTES = 5.0
-GIVEN, WRITTEN = 128, 96
-WORTH = 1.05  # a predicted speedup below this is not worth a subgraph
 COVERAGES = (0.97, 0.98, 0.99, 0.995, 1.0)
 AUTO = ("auto",)
 PLAIN = "all units, plainly rounded"  # what serves where nothing was traced
@@ -129,17 +115,6 @@ class Options:
     costs: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Material:
-    """A class's texts, tokenised and batched, by use; `data` is what the manifest says of them. `prompts`: source and
-    ids of those that the full model continues. `long`: places of those longer than its context, which are cut."""
-
-    texts: dict[str, list[Texts]]
-    data: dict[str, Data]
-    prompts: dict[str, list[tuple[str, list[int]]]]
-    long: tuple[str, ...] = ()
-
-
 def plan_candidates(size: float | None, format: str, units: str = "refit") -> list[Plan]:
     """What is tried. Without a size, shares of the neurons by heads of several coverages; with one, several ways to
     spend it: the attention share and the head take their bytes and the neurons get the rest. Plans that differ in
@@ -156,72 +131,6 @@ def plan_candidates(size: float | None, format: str, units: str = "refit") -> li
         made.append(Plan("3/4 of the attention", attention=3 / 4, coverage=0.99, format=format, units=units))
         made.append(Plan("whole MLPs", whole=True, coverage=0.99, format=format, units=units))
     return made
-
-
-def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material:
-    """Tokenise and cut a class's texts, each part to its budget of tokens, in an order drawn by `seed`; prompts that
-    repeat an earlier part's are left out."""
-    texts, data, distinct = {}, {}, drop_repeats(parts)
-    long: list[str] = []
-    for use in SHARES:
-        prompts: Sequence[Prompt] = getattr(distinct.parts, use)
-        if not prompts:
-            raise BadPrompts(f"all prompts to {use} by repeat those of earlier parts: sources differ, texts do not")
-        ids: list[list[int]] = [checkpoint.tokenizer(prompt.text, verbose=False)["input_ids"] for prompt in prompts]
-        long += [p.place for p, own in zip(prompts, ids, strict=True) if len(own) > checkpoint.spec.context]
-        chosen = _draw_pieces(ids, min(LONGEST, checkpoint.spec.context), _limit(BUDGETS[use], checkpoint.spec), seed)
-        if not chosen:
-            raise BadPrompts(f"all prompts to {use} by are empty to this model's tokenizer")
-        digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
-        texts[use] = batch_texts(chosen)
-        sources = len({prompt.source for prompt in prompts})
-        data[use] = Data(
-            prompts=len(prompts),
-            sources=sources,
-            tokens=sum(map(len, chosen)),
-            hash=digest,
-            repeats=distinct.repeats[use],
-        )
-    counts = {"fit": CONTINUED_TO_FIT, **CONTINUED}
-    drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in counts.items()}
-    return Material(texts, data, drawn, tuple(long))
-
-
-def _limit(budget: int, spec: Spec) -> int:
-    """So many tokens, or as many as `HELD` allows of a model, which is `SOME_TOKENS` at least."""
-    return min(budget, max(SOME_TOKENS, HELD // max(spec.hidden, spec.mlp)))
-
-
-def _draw_prompts(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], count: int, seed: int
-) -> list[tuple[str, list[int]]]:
-    """Sources and first thirds of some texts, for the model to go on with."""
-    found = []
-    for i in np.random.default_rng(seed).permutation(len(prompts))[:count]:
-        ids = checkpoint.tokenizer(prompts[i].text, verbose=False)["input_ids"]
-        given = max(1, min(GIVEN, checkpoint.spec.context // 2, max(16, len(ids) // 3)))
-        if ids:
-            found.append((prompts[i].source, list(ids[:given])))
-    return found
-
-
-def _draw_pieces(ids: Sequence[Sequence[int]], longest: int, budget: int, seed: int) -> list[list[int]]:
-    pieces = cut_pieces(ids, longest) or [list(text) for text in ids if text]
-    order = np.random.default_rng(seed).permutation(len(pieces))
-    ends = np.cumsum([len(pieces[i]) for i in order])
-    return [pieces[i] for i in order[: int((ends < budget).sum()) + 1]]
-
-
-@dataclass(frozen=True)
-class Head:
-    """What short heads of a class are cut from: ids by use, and the full model's mean probability of each."""
-
-    ranked: Tensor
-    mass: Tensor
-
-    def cut(self, coverage: float) -> Tensor | None:
-        """The ids that hold `coverage` of the mass; None: all."""
-        return short_enough(self.ranked, self.mass, coverage)
 
 
 @dataclass(frozen=True)
@@ -407,7 +316,7 @@ class Tracer:
             heads = [head.cut(plan.coverage) for plan in some]
             records = self.record(some, [cut_head(headless, ids) for ids in heads], own)
             for ids, record in zip(heads, records, strict=True):
-                self.say(f"{name}: {_summarise(record)}")
+                self.say(f"{name}: {tell_candidate(record)}")
                 tried.append(Tried(replace(kept, token_ids=ids), record))
         front = find_front([t.record for t in tried])
         return [replace(t, record=t.record.model_copy(update={"best": b})) for t, b in zip(tried, front, strict=True)]
@@ -429,7 +338,7 @@ class Tracer:
         """`after`, measured, or `before` where it is not predicted to be faster."""
         was = before.tried.record
         [record] = self.record([was.plan], [after.subgraph], own)
-        self.say(f"{name}: {how}: {_summarise(record)}")
+        self.say(f"{name}: {how}: {tell_candidate(record)}")
         if record.speedup <= was.speedup:
             return before
         return replace(after, tried=replace(before.tried, record=record.model_copy(update={"best": was.best})))
@@ -546,41 +455,11 @@ class Tracer:
         return manifest, reported
 
 
-def find_front(records: Sequence[Candidate]) -> list[bool]:
-    """Which candidates no other one beats both in bytes and in predicted speedup."""
-    return [
-        not any(
-            (o.bytes_share, -o.speedup) != (r.bytes_share, -r.speedup)
-            and o.bytes_share <= r.bytes_share
-            and o.speedup >= r.speedup
-            for o in records
-        )
-        for r in records
-    ]
-
-
 def choose(tried: Sequence[Tried]) -> Tried:
     """The candidate of the highest predicted speedup at temperature 1; of those within a hundredth of it, which is less
     than the prediction is good for, the best greedy one."""
     most = max(t.record.speedup for t in tried)
     return max((t for t in tried if t.record.speedup >= 0.99 * most), key=lambda t: t.record.greedy)
-
-
-def judge(best: Candidate, tried: Sequence[Candidate], beside: Beside | None = None) -> tuple[bool, str]:
-    """Whether the best candidate shall be served, and why it or none is; a class's must surely gain `beside` pooled."""
-    predicted = f"highest predicted speedup ({best.speedup:.2f}, greedy {best.greedy:.2f})"
-    text = f"{best.plan.name}: {predicted} of {len(tried)} candidates"
-    if best.speedup < WORTH:
-        return False, f"no subgraph: {text}; below {WORTH} on this machine and runner, where it does not pay"
-    if not best.plan.repaired:
-        return False, f"no subgraph: {text}; the whole model in {best.plan.format} needs none"
-    if beside is None:
-        return True, text
-    low, high = beside.interval
-    over = f"{beside.gain:+.2f} ({low:+.2f} to {high:+.2f} in 95 % of draws of {beside.sources} sources) over pooled"
-    if low > 0 and beside.sources > 1:  # one source drawn again is always the same
-        return True, f"{text}; {over}"
-    return False, f"no subgraph: {text}; {over}, which serves as well"
 
 
 def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
@@ -594,28 +473,6 @@ def summarise(chosen_by: Positions, reported: Positions) -> OnPolicy:
         curve=calibrated.curve,
         reliability=calibrated.reliability,
         ece=calibrated.ece,
-    )
-
-
-def tell_projected(manifest: Manifest, projection: Projection) -> str:
-    """What a class's candidates, with the acceptance measured here, are predicted to bring elsewhere."""
-    found = {
-        record.plan.name: predict_speedup(record.accepted, projection.c(record.bytes_share), projection.v)[0]
-        for record in manifest.candidates
-    }
-    [here] = [record.speedup for record in manifest.candidates if record.plan == manifest.plan]
-    best = max(found, key=lambda name: found[name])
-    return (
-        f"{manifest.class_name}: {manifest.plan.name}: speedup {found[manifest.plan.name]:.2f} projected to "
-        f"{projection.where}, {here:.2f} predicted here; best there: {best}, {found[best]:.2f}"
-    )
-
-
-def _summarise(record: Candidate) -> str:
-    return (
-        f"{record.plan.name}: {record.bytes_share:.3f} of the bytes, accepted {fmean(record.accepted):.3f}, "
-        f"c {record.c:.2f}, predicted speedup {record.speedup:.2f} with {record.draft_length} drafts, "
-        f"greedy {record.greedy:.2f}"
     )
 
 
@@ -713,25 +570,6 @@ def find_classes(options: Options, write_chat: WriteChat) -> Clusters:
     return Clusters(read_prompts(place, options.classes, options.class_name, write_chat), 1.0)
 
 
-def write_chat(checkpoint: Checkpoint, messages: list[dict[str, Any]]) -> str:
-    """A conversation as the model's chat template writes it, up to the answer where a user has the last word.
-
-    Raises:
-        BadPrompts: if there is no template or it refuses the messages.
-    """
-    tokenizer = checkpoint.tokenizer
-    if tokenizer.chat_template is None:
-        raise BadPrompts(f"messages need a chat template, and {checkpoint.model} has none")
-    ask = messages[-1]["role"] != "assistant"
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
-        raise BadPrompts(f"the chat template refuses the messages: {error}") from error
-    bos = tokenizer.bos_token
-    twice = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if twice else text
-
-
 def make_classifier(checkpoint: Checkpoint, split: Mapping[str, Parts], seed: int) -> Classifier:
     """The classifier of the classes, fitted on what is to fit and to choose by, judged on what is to report; prompts
     that repeat an earlier part's are left out."""
@@ -751,20 +589,3 @@ def make_classifier(checkpoint: Checkpoint, split: Mapping[str, Parts], seed: in
         frame=read_frame(checkpoint),
         seed=seed,
     )
-
-
-def read_frame(checkpoint: Checkpoint) -> Frame:
-    """What the chat template puts around a user's turn; nothing where there is none."""
-    tokenizer, mark = checkpoint.tokenizer, "Zq7"
-    if tokenizer.chat_template is None:
-        return Frame()
-    turn = [{"role": "user", "content": mark}]
-    try:
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # it wants more than one turn of a user
-        return Frame()
-    before, found, after = str(text).rpartition(mark)
-    if not found:
-        return Frame()
-    ids = (tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
-    return Frame(*(tuple(part) for part in ids))

@@ -23,8 +23,8 @@ from strace.checkpoint import open_checkpoint
 from strace.classes import BadPrompts, read_prompts, split_classes
 from strace.classifier import fit_classifier
 from strace.losses import Losses
+from strace.material import gather_material
 from strace.subgraph import read_manifest
-from strace.trace import gather_material
 from tests.server.engine.harness import decode, make_engine, make_request
 from tests.strace.test_subgraph import make as make_subgraph
 from tests.strace.test_trace import write_prompts

@@ -25,7 +25,7 @@ from strace.classifier import (
     fit_classifier,
     read_classifier,
 )
-from strace.trace import read_frame
+from strace.template import read_frame
 from tests.tiny import save_tiny
 
 NAMES = ("a", "b", "c")

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from strace import material
 from strace import subgraph as stored
 from strace import trace as pipeline
 from strace.checkpoint import BadCheckpoint, load_decoder, open_checkpoint
-from strace.classes import BadPrompts, Prompt
+from strace.classes import BadPrompts, Parts, Prompt, read_prompts, split_classes
 from strace.classifier import Classifier
 from strace.decoder import Decoder
 from strace.distill import Distilled, distill
@@ -26,13 +27,16 @@ from strace.graphs import choose_dtype, load_drafts
 from strace.head import measure_mass
 from strace.keep import Plan
 from strace.linear import Codes, Linear
+from strace.material import gather_material
 from strace.measure import measure_acceptance
 from strace.native_runner import NativeRunner
-from strace.onpolicy import Positions
+from strace.onpolicy import Positions, conditional_acceptance
 from strace.search import StepCosts
 from strace.subgraph import MANIFEST, TENSORS, Manifest, list_unpaying, load_subgraphs, read_manifest
+from strace.template import write_chat
 from strace.texts import batch_texts
 from strace.trace import Options, plan_candidates, trace
+from strace.verdict import find_front, judge
 from tests.tiny import KINDS, make_tokenizer, random_tokens, save_tiny
 
 
@@ -156,8 +160,8 @@ def test_another_recipe_is_made_again(traced: Traced) -> None:
         pipeline.Tracer(checkpoint, load_decoder(checkpoint, TRACED), o, print)
         for o in (options, Options(options.model, options.output, options.prompts, size=0.3))
     ]
-    parts = pipeline.split_classes(pipeline.read_prompts(options.prompts))["digits"]
-    recipes = [t.recipe(pipeline.gather_material(checkpoint, parts, seed)) for t in tracers for seed in (0, 1)]
+    parts = split_classes(read_prompts(options.prompts))["digits"]
+    recipes = [t.recipe(gather_material(checkpoint, parts, seed)) for t in tracers for seed in (0, 1)]
     assert len(set(recipes)) == 4
     assert tracers[0].finished("digits", recipes[0])
     assert not tracers[1].finished("digits", recipes[2])
@@ -175,9 +179,9 @@ def test_without_a_size_several_are_tried() -> None:
 
 
 def try_one(tracer: pipeline.Tracer, said: list[str]) -> None:
-    parts = pipeline.split_classes(pipeline.read_prompts(tracer.options.prompts))["digits"]
+    parts = split_classes(read_prompts(tracer.options.prompts))["digits"]
     said.clear()
-    tracer.trace_class("digits", pipeline.gather_material(tracer.checkpoint, parts, tracer.options.seed))
+    tracer.trace_class("digits", gather_material(tracer.checkpoint, parts, tracer.options.seed))
 
 
 def test_a_trace_cut_off_goes_on_where_it_was(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +252,10 @@ def test_a_class_that_does_not_surely_gain_over_pooled_is_drafted_for_by_it(trac
         low, high = beside.interval
         assert low <= beside.gain <= high
         assert made[name].pays == (low > 0)
-        assert not pipeline.judge(record, [record], beside.model_copy(update={"interval": (1, 1), "sources": 1}))[0]
+        assert not judge(record, [record], beside.model_copy(update={"interval": (1, 1), "sources": 1}))[0]
         assert f"{beside.gain:+.2f}" in made[name].why
         for interval, pays in (((0.01, 0.2), True), ((0.0, 0.2), False), ((-0.2, -0.1), False)):
-            judged, why = pipeline.judge(record, [record], beside.model_copy(update={"interval": interval}))
+            judged, why = judge(record, [record], beside.model_copy(update={"interval": interval}))
             assert judged == pays
             assert why.startswith("no subgraph: ") != pays
             assert why.endswith("which serves as well") != pays
@@ -276,8 +280,8 @@ def test_another_pooled_is_compared_anew(traced: Traced, tmp_path: Path, monkeyp
 def test_where_plain_rounding_is_best_there_is_no_subgraph(traced: Traced) -> None:
     record = traced[1]["digits"].candidates[0].model_copy(update={"speedup": 2.0})
     plain = record.model_copy(update={"plan": replace(record.plan, repaired=False), "speedup": 2.1})
-    assert pipeline.judge(record, [record, plain])[0]
-    pays, why = pipeline.judge(plain, [record, plain])
+    assert judge(record, [record, plain])[0]
+    pays, why = judge(plain, [record, plain])
     assert not pays
     assert "the whole model in int4 needs none" in why
 
@@ -286,7 +290,7 @@ def test_the_front_holds_what_nothing_beats(traced: Traced) -> None:
     record = traced[1]["digits"].candidates[0]
     sizes = [(0.1, 1.2), (0.2, 1.1), (0.2, 1.5), (0.3, 1.5), (0.05, 1.0)]
     records = [record.model_copy(update={"bytes_share": b, "speedup": s}) for b, s in sizes]
-    assert pipeline.find_front(records) == [True, False, True, False, True]
+    assert find_front(records) == [True, False, True, False, True]
 
 
 def test_the_table_beside_the_subgraph_gives_what_the_manifest_says(traced: Traced) -> None:
@@ -297,16 +301,16 @@ def test_the_table_beside_the_subgraph_gives_what_the_manifest_says(traced: Trac
         for temperature, said in manifest.measured.on_policy.items():
             rows = table.at(float(temperature))
             assert said.positions == len(rows) > 0
-            assert said.accepted == pytest.approx(pipeline.conditional_acceptance(rows), abs=1e-5)
+            assert said.accepted == pytest.approx(conditional_acceptance(rows), abs=1e-5)
             assert 0 <= said.ece <= 1
 
 
 def test_texts_are_drawn_up_to_the_budget(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     options, _ = traced
-    monkeypatch.setattr(pipeline, "BUDGETS", {"fit": 200, "choose": 100, "report": 10**6})
+    monkeypatch.setattr(material, "BUDGETS", {"fit": 200, "choose": 100, "report": 10**6})
     checkpoint = open_checkpoint(options.model)
-    parts = pipeline.split_classes(pipeline.read_prompts(options.prompts))["letters"]
-    data = pipeline.gather_material(checkpoint, parts, 0).data
+    parts = split_classes(read_prompts(options.prompts))["letters"]
+    data = gather_material(checkpoint, parts, 0).data
     assert data["fit"].tokens == 210
     assert data["choose"].tokens == 140
     assert data["report"].tokens == 70 * len(parts.report)
@@ -423,12 +427,12 @@ def test_what_is_wrong_with_a_class_is_told_before_anything_is_written(tmp_path:
 def test_conversations_are_written_as_they_are_served(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_tiny(tmp_path)))
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    asked, answered = (pipeline.write_chat(checkpoint, turns[:n]) for n in (1, 2))
+    asked, answered = (write_chat(checkpoint, turns[:n]) for n in (1, 2))
     assert asked.endswith("assistant\n")
     assert answered.endswith("ho<|end_of_turn|>")
     checkpoint.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(BadPrompts, match="refuses the messages: no such role"):
-        pipeline.write_chat(checkpoint, turns)
+        write_chat(checkpoint, turns)
 
 
 def test_prompts_longer_than_the_context_are_cut_and_told(traced: Traced) -> None:
@@ -437,7 +441,7 @@ def test_prompts_longer_than_the_context_are_cut_and_told(traced: Traced) -> Non
     made = [
         Prompt("".join(chr(97 + (i * j) % 26) for j in range(1, 301)), f"s{i}", f"a.jsonl:{i}") for i in range(1, 4)
     ]
-    parts = pipeline.Parts(made[:1], made[1:2], [*made[2:], Prompt("short enough to be read", "t", "a.jsonl:9")])
-    material = pipeline.gather_material(checkpoint, parts, 0)
+    parts = Parts(made[:1], made[1:2], [*made[2:], Prompt("short enough to be read", "t", "a.jsonl:9")])
+    material = gather_material(checkpoint, parts, 0)
     assert material.long == ("a.jsonl:1", "a.jsonl:2", "a.jsonl:3")
     assert max(t.shape[1] for texts in material.texts.values() for t in texts) <= checkpoint.spec.context
