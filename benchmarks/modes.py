@@ -85,7 +85,8 @@ def run_engine(engine: Engine, request: Request) -> tuple[list[int], Ran]:
 
 def make_modes(arguments: argparse.Namespace) -> tuple[dict[str, Run], Engine, Engine, Checkpoint]:
     """The contestants by name, each `(prompt, temperature, class, seed) -> (ids, Ran or None)`."""
-    options = Options(draft_length=arguments.draft_length)
+    # Every mode reads the whole prompt: the first would leave it in a cache for those after it.
+    options = Options(draft_length=arguments.draft_length, prefix_cache=False)
     placement = Placement(dtype=arguments.dtype)
     traced, checkpoint = build_engine(arguments.model, placement=placement, options=options)
     plain, _ = build_engine(resolve(arguments.model), placement=placement, options=options)

@@ -6,8 +6,8 @@ on the model's own text that the subgraph's manifest holds; k draft steps and a 
 at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in
 such a step, learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they
 had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends
-drafts; `full` is run in turn with it. With --beside so are the subgraphs of another folder, in an engine of their own
-that runs `full` too: what one learns of its steps from `full` alone is worth 5 to 9 % (AMD EPYC, Zen 3).
+drafts, prompts included; `full` is run in turn with it. With --beside so are the subgraphs of another folder, in an
+engine of their own, compared with its own `full`: what comes after another engine's run is a few per cent slower.
 
 Examples:
   python benchmarks/predicted.py
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +175,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="most tokens per prompt (default %(default)s)")
     arguments = parser.parse_args()
     load = require_idle()
-    fixed, checkpoint = build_engine(
-        arguments.model, options=Options(draft_length=arguments.draft_length, prefix_cache=False)
-    )
-    served, _ = build_engine(arguments.model)
+    # Every mode reads the whole prompt: `full` would leave it in a cache for those after it.
+    alone = Options(prefix_cache=False)
+    fixed, checkpoint = build_engine(arguments.model, options=replace(alone, draft_length=arguments.draft_length))
+    served, _ = build_engine(arguments.model, options=alone)
     contestants = {"full": (served, Mode.FULL), "served": (served, Mode.EXACT), "fixed": (fixed, Mode.EXACT)}
     if arguments.beside:
-        beside, _ = build_engine(arguments.model, arguments.beside)
+        beside, _ = build_engine(arguments.model, arguments.beside, options=alone)
         contestants |= {"full beside": (beside, Mode.FULL), "beside": (beside, Mode.EXACT)}
     folder, results = choose_folder(arguments.model, None), []
     assert folder is not None, "predictions are those of subgraphs"

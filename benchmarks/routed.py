@@ -42,6 +42,7 @@ from server.engine.build import Placement, build_engine
 from server.engine.cost import CostModel
 from server.engine.engine import Engine
 from server.engine.guard import Mean, Trust
+from server.engine.options import Options
 from server.engine.request import Mode, Ran, Request, Update
 from strace.certificate import Certificate, Level, Setting, load_certificates
 from strace.certify import DELTA, bound_mean, share_broken
@@ -269,7 +270,8 @@ def main() -> None:
     parser.add_argument("--resample-only", action="store_true", help="measure no times and no held-out texts")
     arguments = parser.parse_args()
     load = 0.0 if arguments.resample_only else require_idle()
-    engine, checkpoint = build_engine(arguments.model, arguments.subgraphs, placement=Placement())
+    options = Options(prefix_cache=False)  # the first mode would leave the prompt in a cache for those after it
+    engine, checkpoint = build_engine(arguments.model, arguments.subgraphs, placement=Placement(), options=options)
     folder = choose_folder(arguments.model, arguments.subgraphs)
     if folder is None:
         parser.error(f"{arguments.model} has no subgraphs")
