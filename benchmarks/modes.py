@@ -80,12 +80,12 @@ def run_engine(engine: Engine, request: Request) -> tuple[list[int], Ran]:
     engine.submit(request, deliver)
     while not ran:
         engine.step()
+    assert not ran[0].cached_tokens, "every mode reads the whole prompt: the first leaves it in a cache for the others"
     return ids, ran[0]
 
 
 def make_modes(arguments: argparse.Namespace) -> tuple[dict[str, Run], Engine, Engine, Checkpoint]:
     """The contestants by name, each `(prompt, temperature, class, seed) -> (ids, Ran or None)`."""
-    # Every mode reads the whole prompt: the first would leave it in a cache for those after it.
     options = Options(draft_length=arguments.draft_length, prefix_cache=False)
     placement = Placement(dtype=arguments.dtype)
     traced, checkpoint = build_engine(arguments.model, placement=placement, options=options)

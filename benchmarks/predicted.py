@@ -175,7 +175,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="most tokens per prompt (default %(default)s)")
     arguments = parser.parse_args()
     load = require_idle()
-    # Every mode reads the whole prompt: `full` would leave it in a cache for those after it.
     alone = Options(prefix_cache=False)
     fixed, checkpoint = build_engine(arguments.model, options=replace(alone, draft_length=arguments.draft_length))
     served, _ = build_engine(arguments.model, options=alone)

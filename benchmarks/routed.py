@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--resample-only", action="store_true", help="measure no times and no held-out texts")
     arguments = parser.parse_args()
     load = 0.0 if arguments.resample_only else require_idle()
-    options = Options(prefix_cache=False)  # the first mode would leave the prompt in a cache for those after it
+    options = Options(prefix_cache=False)
     engine, checkpoint = build_engine(arguments.model, arguments.subgraphs, placement=Placement(), options=options)
     folder = choose_folder(arguments.model, arguments.subgraphs)
     if folder is None:
