@@ -55,7 +55,7 @@ from strace.distill import distill
 from strace.files import file_beside, write_beside
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
-from strace.head import Head, count_tokens, cut_head, fit_head, measure_mass, rank_tokens, special_ids
+from strace.head import Head, cut_head, fit_head, rank_head, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, kept_bytes, slice_decoder
 from strace.linear import GROUP, Linear
 from strace.material import GIVEN, SOME_TOKENS, gather_material
@@ -119,12 +119,7 @@ class Traced:
 
     @cached_property
     def head(self) -> Head:
-        return Head(**self._keep("head", self._rank))
-
-    def _rank(self) -> dict[str, Tensor]:
-        mass = measure_mass(self.full, self.some)
-        counts = count_tokens(self.fit, self.full.spec.vocabulary)
-        return {"ranked": rank_tokens(mass, counts, self._specials), "mass": mass}
+        return Head(**self._keep("head", lambda: vars(rank_head(self.full, self.some, self.fit, self._specials))))
 
     @cached_property
     def refit(self) -> Flow:

@@ -88,6 +88,12 @@ class Head:
         return short_enough(self.ranked, self.mass, coverage)
 
 
+def rank_head(full: Decoder, some: Sequence[Texts], fit: Sequence[Texts], specials: Sequence[int]) -> Head:
+    """A class's tokens, by the full model's mass on some of its texts and by their counts in all."""
+    mass = measure_mass(full, some)
+    return Head(rank_tokens(mass, count_tokens(fit, full.spec.vocabulary), specials), mass)
+
+
 def cut_head(subgraph: Decoder, ids: Tensor | None) -> Decoder:
     """A subgraph that has all head rows, left with those of `ids` (None: all). Rows are rounded independently of each
     other, so this is what rounding the short head alone would have given."""

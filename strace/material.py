@@ -41,15 +41,16 @@ class Material:
 def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material:
     """Tokenise and cut a class's texts, each part to its budget of tokens, in an order drawn by `seed`; prompts that
     repeat an earlier part's are left out."""
-    texts, data, distinct = {}, {}, drop_repeats(parts)
+    texts, data, drawn, distinct = {}, {}, {}, drop_repeats(parts)
+    context, counts = checkpoint.spec.context, {"fit": CONTINUED_TO_FIT, **CONTINUED}
     long: list[str] = []
     for use in SHARES:
         prompts: Sequence[Prompt] = getattr(distinct.parts, use)
         if not prompts:
             raise BadPrompts(f"all prompts to {use} by repeat those of earlier parts: sources differ, texts do not")
         ids: list[list[int]] = [checkpoint.tokenizer(prompt.text, verbose=False)["input_ids"] for prompt in prompts]
-        long += [p.place for p, own in zip(prompts, ids, strict=True) if len(own) > checkpoint.spec.context]
-        chosen = _draw_pieces(ids, min(LONGEST, checkpoint.spec.context), _limit(BUDGETS[use], checkpoint.spec), seed)
+        long += [p.place for p, own in zip(prompts, ids, strict=True) if len(own) > context]
+        chosen = _draw_pieces(ids, min(LONGEST, context), _limit(BUDGETS[use], checkpoint.spec), seed)
         if not chosen:
             raise BadPrompts(f"all prompts to {use} by are empty to this model's tokenizer")
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
@@ -62,8 +63,7 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
             hash=digest,
             repeats=distinct.repeats[use],
         )
-    counts = {"fit": CONTINUED_TO_FIT, **CONTINUED}
-    drawn = {use: _draw_prompts(checkpoint, getattr(distinct.parts, use), n, seed) for use, n in counts.items()}
+        drawn[use] = _draw_prompts(prompts, ids, context, counts[use], seed)
     return Material(texts, data, drawn, tuple(long))
 
 
@@ -73,15 +73,14 @@ def _limit(budget: int, spec: Spec) -> int:
 
 
 def _draw_prompts(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], count: int, seed: int
+    prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], context: int, count: int, seed: int
 ) -> list[tuple[str, list[int]]]:
     """Sources and first thirds of some texts, for the model to go on with."""
     found = []
     for i in np.random.default_rng(seed).permutation(len(prompts))[:count]:
-        ids = checkpoint.tokenizer(prompts[i].text, verbose=False)["input_ids"]
-        given = max(1, min(GIVEN, checkpoint.spec.context // 2, max(16, len(ids) // 3)))
-        if ids:
-            found.append((prompts[i].source, list(ids[:given])))
+        given = max(1, min(GIVEN, context // 2, max(16, len(ids[i]) // 3)))
+        if ids[i]:
+            found.append((prompts[i].source, list(ids[i][:given])))
     return found
 
 

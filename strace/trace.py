@@ -38,7 +38,7 @@ from strace.distill import distill
 from strace.duplicates import drop_repeats
 from strace.flow import Flow, measure_flow
 from strace.graphs import choose_dtype, make_runner
-from strace.head import Head, count_tokens, cut_head, fit_head, measure_mass, rank_tokens, special_ids
+from strace.head import Head, cut_head, fit_head, measure_mass, rank_head, special_ids
 from strace.keep import Kept, Plan, fit_size, full_bytes, keep_units, slice_decoder
 from strace.linear import DENSE, Linear
 from strace.material import BUDGETS, CONTINUED, GIVEN, SOME_TOKENS, Material, gather_material
@@ -237,9 +237,7 @@ class Tracer:
         self.say(f"{name}: scoring units on {count_positions(some)} tokens")
         flow = measure_flow(self.full, take_some(some, FLOW_TOKENS))
         flow = score_units(self.options.units, flow, self.full, some, seed)
-        mass = measure_mass(self.full, some)
-        counts = count_tokens(material.texts["fit"], self.full.spec.vocabulary)
-        head = Head(rank_tokens(mass, counts, special_ids(self.checkpoint)), mass)
+        head = rank_head(self.full, some, material.texts["fit"], special_ids(self.checkpoint))
         work = self.options.output / ".work" / f"{name}-{recipe[:16]}"
         tried = self.try_plans(name, flow, head, material, own["choose"], work)
         best = self.pick(name, choose(tried), material, own["choose"], work)
