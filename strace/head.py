@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from strace.blocks import random_starts
@@ -125,11 +124,12 @@ def fit_head(full: Decoder, subgraph: Decoder, batches: Sequence[Texts], seed: i
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         some = torch.randint(len(own), (size,), generator=generator).to(own.device)
-        with torch.no_grad():
-            p = soft_cap(rows(wanted[some]).float(), cap).softmax(-1)
-        loss = F.cross_entropy(soft_cap(trained(own[some]).float(), cap), p)
+        logits = soft_cap(trained(own[some]).float(), cap)
+        with torch.no_grad():  # the gradient of cross-entropy in the logits is how far the two distributions lie apart
+            p = soft_cap(rows(wanted[some]).float(), cap)
+            gap = logits.softmax(-1).sub_(torch.softmax(p, -1, out=p)).div_(size)
         optimiser.zero_grad()
-        loss.backward()
+        logits.backward(gap)
         optimiser.step()
         falling.step()
     return replace(subgraph, head=trained.settle())
