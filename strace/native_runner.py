@@ -471,21 +471,20 @@ class NativeRunner:
         return logits
 
     def verify(self, logits: Tensor, held: Sequence[Held]) -> list[Verdict]:
-        described, _drafts, divergences = _describe_held(held)
-        samplers = self._judging.describe(text.sampler for text in held)
-        standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
-        rows = logits.data_ptr(), logits.shape[1]
-        native.check(self._library.st_verify(self._handle, *rows, len(held), described, samplers, standing, tokens))
-        return _tell(held, standing, tokens, divergences)
+        return self._judge(self._library.st_verify, (logits.data_ptr(), logits.shape[1]), held)
 
     def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
         described, _borrowed = _describe_batch(batch)
-        texts, _drafts, divergences = _describe_held(held)
-        samplers = self._judging.describe(text.sampler for text in held)
         wanted = _array(ctypes.c_int32, len(rows))(*rows)
+        asked = self._numbers[FULL], described, wanted, len(rows)
+        return self._judge(self._library.st_verify_pass, asked, held)
+
+    def _judge(self, call: Callable[..., int], asked: tuple[Any, ...], held: Sequence[Held]) -> list[Verdict]:
+        """The verdicts of a call that takes, behind what is asked, the texts and places for what it finds."""
+        described, _drafts, divergences = _describe_held(held)
+        samplers = self._judging.describe(text.sampler for text in held)
         standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
-        asked = self._numbers[FULL], described, wanted, len(rows), len(held), texts, samplers
-        native.check(self._library.st_verify_pass(self._handle, *asked, standing, tokens))
+        native.check(call(self._handle, *asked, len(held), described, samplers, standing, tokens))
         return _tell(held, standing, tokens, divergences)
 
 
