@@ -55,6 +55,13 @@ inline void store_sums(const __m256 (&from)[T][V], float *sums) {
     for (int v = 0; v < V; v++) _mm256_store_ps(sums + t * PANEL + v * LANES, from[t][v]);
 }
 
+// Adds a product to the sum where it lies. The compiler's own choice of multiply-add overwrites the token's number by
+// turns, for which six tokens need more registers than there are.
+inline __m256 add_product(__m256 a, __m256 b, __m256 sum) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+}
+
 // One input of all tokens; widen(v) gives a vector of its rows. What there is less of stays in the registers: the
 // tokens' numbers, or the weights.
 template <int T, int V, class Widen>
@@ -64,14 +71,14 @@ inline void add_input(Widen widen, const uint8_t *x, size_t stride, __m256 (&sum
     for (int t = 0; t < T; t++) ones[t] = broadcast_float(x + t * stride);
     for (int v = 0; v < V; v++) {
       const __m256 weights = widen(v);
-      for (int t = 0; t < T; t++) sum[t][v] = _mm256_fmadd_ps(weights, ones[t], sum[t][v]);
+      for (int t = 0; t < T; t++) sum[t][v] = add_product(weights, ones[t], sum[t][v]);
     }
   } else {
     __m256 weights[V];
     for (int v = 0; v < V; v++) weights[v] = widen(v);
     for (int t = 0; t < T; t++) {
       const __m256 one = broadcast_float(x + t * stride);
-      for (int v = 0; v < V; v++) sum[t][v] = _mm256_fmadd_ps(weights[v], one, sum[t][v]);
+      for (int v = 0; v < V; v++) sum[t][v] = add_product(weights[v], one, sum[t][v]);
     }
   }
 }
@@ -98,6 +105,8 @@ struct Fp32 : InParts<Fp32> {
 struct Bf16 : InParts<Bf16> {
   static constexpr int FORMAT = ST_BF16, TOKENS = TOKENS_AT_ONCE;
   static constexpr size_t ACTIVATION_BYTES = GROUP * sizeof(float);
+  static constexpr uint32_t HIGH = 0xFFFF0000;
+  alignas(32) static constexpr uint32_t HIGH_HALVES[LANES] = {HIGH, HIGH, HIGH, HIGH, HIGH, HIGH, HIGH, HIGH};
 
   // To the nearest, ties to the even one.
   static void prepare(const float *x, void *out) {
@@ -109,7 +118,18 @@ struct Bf16 : InParts<Bf16> {
   }
 
   static __m256i high_half(__m256i words) {
-    return _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+    return _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(HIGH)));
+  }
+
+  // The odd inputs of 8 rows. The mask lies in memory where the sums of all tokens leave no register for it.
+  template <int T>
+  static __m256 widen_odd(const uint8_t *rows) {
+    __m256i both = load(rows);
+    if constexpr (T < TOKENS)
+      both = high_half(both);
+    else
+      asm("vpand %1, %0, %0" : "+x"(both) : "m"(HIGH_HALVES));
+    return _mm256_castsi256_ps(both);
   }
 
   template <int T, int V>
@@ -121,7 +141,7 @@ struct Bf16 : InParts<Bf16> {
       fetch_ahead<V>(rows);
       add_input([&](int v) { return _mm256_castsi256_ps(_mm256_slli_epi32(load(rows + 32 * v), 16)); }, x, stride, sum);
       asm("" : "+r"(rows));  // loads them again, for which there is time, where keeping them costs registers
-      add_input([&](int v) { return _mm256_castsi256_ps(high_half(load(rows + 32 * v))); }, x + sizeof(float), stride, sum);
+      add_input([&](int v) { return widen_odd<T>(rows + 32 * v); }, x + sizeof(float), stride, sum);
     }
     store_sums(sum, sums);
   }
@@ -193,6 +213,7 @@ struct Int8 : InParts<Int8> {
     for (int t = 0; t < T; t++)
       for (int v = 0; v < V; v++) exact[t][v] = broadcast(x + t * stride + offsetof(Token, start));
     const uint8_t *codes = x + offsetof(Token, codes);
+#pragma GCC unroll 1  // steps taken together are more than the registers hold
     for (int step = 0; step < 8; step++, weights += STEP_BYTES, codes += 4 * sizeof(int16_t)) {
       fetch_ahead<V>(weights + 32 * first);
       for (int v = 0; v < V; v++) {
@@ -251,6 +272,7 @@ struct Int4 : InParts<Int4> {
     const __m256i low_half = _mm256_set1_epi8(15);
     __m256i exact[T][V] = {}, even[V], odd[V];
     const uint8_t *step = weights + INT4_SCALE_BYTES, *codes = x + offsetof(Token, codes);
+#pragma GCC unroll 1
     for (int pair = 0; pair < 4; pair++, step += STEP_BYTES, codes += 8) {
       fetch_ahead<V>(step + 32 * first);
       for (int v = 0; v < V; v++) {
