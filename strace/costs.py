@@ -347,13 +347,16 @@ def describe_setting(runner: Runner, weight_hash: str) -> Setting:
     """What the costs of a runner's passes depend on."""
     full = runner.graphs[FULL]
     device = runner.cache.keys[0].device
+    versions = {name: version(name) for name in ("strace-llm", "torch")}
+    if runner.name == "native":
+        versions["kernels"] = native.name_build(native.find_library())
     return Setting(
         device=str(device),
         processor=name_processor(device),
         threads=torch.get_num_threads(),
         runner=runner.name,
         isa=runner.isa,
-        versions={name: version(name) for name in ("strace-llm", "torch")},
+        versions=versions,
         weight_hash=weight_hash,
         dtype=str(full.dtype).removeprefix("torch."),
         graphs={name: _describe_graph(graph) for name, graph in runner.graphs.items()},

@@ -6,6 +6,7 @@ ctypes releases the GIL for the time of each call.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from ctypes import (
     CFUNCTYPE,
@@ -232,14 +233,24 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+def find_library() -> Path:
+    """Where the library lies; STRACE_NATIVE_LIBRARY names another build of it, such as one with sanitizers."""
+    return Path(os.environ.get("STRACE_NATIVE_LIBRARY", Path(__file__).parent / "libstrace_native.so"))
+
+
+def name_build(library: Path) -> str:
+    """The first digits of its SHA-256, which tell builds of one version apart."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:8]
+
+
 @cache
 def load() -> ctypes.CDLL:
-    """The library; STRACE_NATIVE_LIBRARY names another build of it, such as one with sanitizers.
+    """The library that `find_library` finds.
 
     Raises:
         NativeError: if it was not built, or is that of another version.
     """
-    path = Path(os.environ.get("STRACE_NATIVE_LIBRARY", Path(__file__).parent / "libstrace_native.so"))
+    path = find_library()
     if not path.exists():
         raise NativeError("native runner not built (is there a C++ compiler?)")
     try:

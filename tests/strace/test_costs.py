@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from strace import cli, costs
+from strace import cli, costs, native
 from strace.checkpoint import load_decoder, open_checkpoint, quantise_decoder
 from strace.cli import app
 from strace.costs import (
@@ -205,6 +205,19 @@ def test_a_table_holds_in_its_own_setting_only(model: Path, cache_home: Path) ->
     assert [load_table(other) for other in others] == [None] * 4
     path.write_text(path.read_text()[:-9])
     assert load_table(setting) is None
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native runner")
+def test_a_table_holds_for_one_build_of_the_kernels(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_tiny_runner(model)
+    setting, library = describe_setting(runner, "hash"), native.find_library()
+    monkeypatch.setenv("STRACE_NATIVE_LIBRARY", str(tmp_path / "other.so"))
+    (tmp_path / "other.so").write_bytes(library.read_bytes())
+    assert describe_setting(runner, "hash") == setting
+    (tmp_path / "other.so").write_bytes(library.read_bytes() + b"faster")
+    assert describe_setting(runner, "hash") != setting
 
 
 def invoke(*args: str) -> str:
