@@ -39,7 +39,8 @@ inline void fetch_ahead(const uint8_t *weights) {
   }
 }
 
-// Adds groups by F::add_group<T, V>, which takes V vectors of a panel's rows from the `first` on, and these rows' sums.
+// Adds groups by F::add_group<T, V>, which takes V vectors of a panel's rows from the `first` on, and these rows' sums. It
+// is told to be inlined: the compiler would call it, and make its constants anew, for every group.
 template <class F>
 struct InParts : Stateless {
   template <int T>
@@ -98,7 +99,7 @@ struct Fp32 : InParts<Fp32> {
   static void prepare(const float *x, void *out) { memcpy(out, x, ACTIVATION_BYTES); }
 
   template <int T, int V>
-  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+  [[gnu::always_inline]] static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
     __m256 sum[T][V];
     load_sums(sums, sum);
     for (int i = 0; i < GROUP; i++, weights += STEP_BYTES, x += sizeof(float)) {
@@ -141,7 +142,7 @@ struct Bf16 : InParts<Bf16> {
   }
 
   template <int T, int V>
-  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+  [[gnu::always_inline]] static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
     __m256 sum[T][V];
     load_sums(sums, sum);
     for (int i = 0; i < GROUP; i += 2, weights += STEP_BYTES, x += 2 * sizeof(float)) {
@@ -166,20 +167,19 @@ inline Grid find_grid(const float *x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 most = _mm256_setzero_ps();
   for (int i = 0; i < GROUP; i += LANES) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-  alignas(32) float peaks[LANES];
-  _mm256_store_ps(peaks, most);
-  float peak = 0;
-  for (float one : peaks) peak = one > peak ? one : peak;
-  Grid grid{peak / 127, 0, {}};
+  most = _mm256_max_ps(most, _mm256_setzero_ps());  // NaN does not count
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  Grid grid{_mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two))) / 127, 0, {}};
   if (!(grid.scale > 0)) return grid;
   __m256i sum = _mm256_setzero_si256();
   for (int i = 0; i < GROUP / LANES; i++) {
     grid.codes[i] = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + i * LANES), _mm256_set1_ps(grid.scale)));
     sum = _mm256_add_epi32(sum, grid.codes[i]);
   }
-  alignas(32) int32_t parts[LANES];
-  _mm256_store_si256(reinterpret_cast<__m256i *>(parts), sum);
-  for (int32_t part : parts) grid.sum += part;
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
+  grid.sum = _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xB1)));
   return grid;
 }
 
@@ -216,7 +216,7 @@ struct Int8 : InParts<Int8> {
   }
 
   template <int T, int V>
-  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+  [[gnu::always_inline]] static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
     __m256i exact[T][V], even[V], odd[V];
     for (int t = 0; t < T; t++)
       for (int v = 0; v < V; v++) exact[t][v] = broadcast(x + t * stride + offsetof(Token, start));
@@ -251,13 +251,14 @@ struct Int4 : InParts<Int4> {
 
   static void prepare(const float *x, void *out) {
     const Grid grid = find_grid(x);
-    Token token{grid.scale, -INT4_OFFSET * grid.sum, {}};
-    for (int i = 0; i < GROUP / LANES; i++) {
-      const __m256i half = _mm256_packs_epi32(grid.codes[i], grid.codes[i]), quarter = _mm256_packs_epi16(half, half);
-      const __m256i ordered = _mm256_permutevar8x32_epi32(quarter, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
-      _mm_storel_epi64(reinterpret_cast<__m128i *>(token.codes + i * LANES), _mm256_castsi256_si128(ordered));
-    }
-    memcpy(out, &token, sizeof token);
+    const __m256i low = _mm256_packs_epi32(grid.codes[0], grid.codes[1]);
+    const __m256i high = _mm256_packs_epi32(grid.codes[2], grid.codes[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing goes by halves of a vector
+    auto &token = *static_cast<Token *>(out);
+    token.scale = grid.scale;
+    token.start = -INT4_OFFSET * grid.sum;
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(token.codes),
+                        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
   }
 
   static __m256 widen(const uint8_t *bf16) {
@@ -276,7 +277,7 @@ struct Int4 : InParts<Int4> {
   }
 
   template <int T, int V>
-  static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
+  [[gnu::always_inline]] static void add_group(const uint8_t *weights, int first, const uint8_t *x, size_t stride, float *sums) {
     const __m256i low_half = _mm256_set1_epi8(15);
     __m256i exact[T][V] = {}, even[V], odd[V];
     const uint8_t *step = weights + INT4_SCALE_BYTES, *codes = x + offsetof(Token, codes);

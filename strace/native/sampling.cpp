@@ -19,32 +19,16 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 // Memory that grows to the vocabulary once.
 struct Scratch {
   std::vector<float> weights, maxima;
+  std::vector<double> sums;
   std::vector<int> places;
   std::vector<int64_t> seen, repeated;
   std::vector<uint32_t> allowed;
 };
 thread_local Scratch scratch;
 
-float greatest(const float *values, int count) {
-  float lanes[LANES];
-  std::fill(lanes, lanes + LANES, NEVER);
-  int i = 0;
-  for (; i + LANES <= count; i += LANES)
-    for (int l = 0; l < LANES; ++l) lanes[l] = values[i + l] > lanes[l] ? values[i + l] : lanes[l];
-  for (; i < count; ++i) lanes[0] = std::max(lanes[0], values[i]);
-  return *std::max_element(lanes, lanes + LANES);
-}
+float greatest(const float *values, int count) { return vectors().greatest(values, count); }
 
-double sum(const float *values, int count) {
-  double lanes[LANES] = {};
-  int i = 0;
-  for (; i + LANES <= count; i += LANES)
-    for (int l = 0; l < LANES; ++l) lanes[l] += values[i + l];
-  for (; i < count; ++i) lanes[0] += values[i];
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
+double sum(const float *values, int count) { return vectors().sum(values, count); }
 
 // A token's entry of a row, NULL where a short head has none.
 float *entry(const Row &row, int64_t token) {
@@ -193,20 +177,20 @@ int race(const Row &row, Noise noise) {
 // The entry where the cumulative sum reaches a uniform share of the whole.
 int invert(const Row &row, double u) {
   constexpr int RUN = 64;
+  std::vector<double> &sums = scratch.sums;
+  sums.clear();
   double whole = 0, before = 0;
-  for (int i = 0; i < row.count; i += RUN) whole += sum(row.values + i, std::min(RUN, row.count - i));
-  const double wanted = (1 - u) * whole;  // above 0 and at most the whole: it is always reached
-  int found = 0;
   for (int i = 0; i < row.count; i += RUN) {
-    const int end = std::min(i + RUN, row.count);
-    const double held = sum(row.values + i, end - i);
-    if (before + held >= wanted) {
-      for (int j = i; j < end && before < wanted; ++j)
-        if (row.values[j] > 0) before += row.values[j], found = j;
-      break;
-    }
-    before += held;
+    sums.push_back(sum(row.values + i, std::min(RUN, row.count - i)));
+    whole += sums.back();
   }
+  const double wanted = (1 - u) * whole;  // above 0 and at most the whole: it is always reached
+  size_t run = 0;
+  for (; run < sums.size() && before + sums[run] < wanted; ++run) before += sums[run];
+  int found = 0;
+  const int first = static_cast<int>(run) * RUN, end = std::min(first + RUN, row.count);
+  for (int i = first; i < end && before < wanted; ++i)
+    if (row.values[i] > 0) before += row.values[i], found = i;
   return found;
 }
 
@@ -237,7 +221,15 @@ bool restrict(const Row &row, const st_sampler &sampler, Drafted drafted, int vo
   return true;
 }
 
-void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
+bool keeps(const st_sampler &sampler, int drafted) {
+  const bool penalises =
+      sampler.presence_penalty != 0 || sampler.frequency_penalty != 0 || sampler.repetition_penalty != 1;
+  const bool bars = sampler.barred_count && sampler.position + drafted < sampler.barred_until;
+  return sampler.temperature == 1 && sampler.top_k <= 0 && sampler.top_p >= 1 && sampler.min_p <= 0 &&
+         !sampler.bias_count && !penalises && !bars;
+}
+
+float shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
   const int count = row.count;
   bias(row, sampler, drafted.count);
   if (sampler.presence_penalty != 0 || sampler.frequency_penalty != 0 || sampler.repetition_penalty != 1)
@@ -246,7 +238,7 @@ void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
     const int best = find_best(row.values, count);
     std::fill(row.values, row.values + count, 0.0f);
     row.values[best] = 1;
-    return;
+    return 1;
   }
   if (sampler.top_k > 0 && sampler.top_k < count) keep_top_k(row.values, count, sampler.top_k);
   scratch.weights.resize(count);
@@ -259,6 +251,7 @@ void shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
   if (sampler.top_p < 1) keep_top_p(row.values, weights, count, sampler.top_p);
   const float scale = static_cast<float>(1 / sum(weights, count));
   for (int i = 0; i < count; ++i) row.values[i] = weights[i] * scale;
+  return scale;  // the greatest weighs 1
 }
 
 int draw(const Row &row, const st_sampler &sampler, int64_t position, Purpose purpose) {

@@ -47,6 +47,9 @@ struct Vectors {
   void (*attend)(const Span &span);
   // The mean value over `spans` results of `attend`, `stride` numbers apart, in their order.
   void (*merge)(int spans, size_t stride, int head_dim, const float *mixed, float *z);
+  // -infinity of none; NaN is not counted.
+  float (*greatest)(const float *x, int count);
+  double (*sum)(const float *x, int count);
   // weights[i] = e^((x[i] - most) / temperature).
   void (*weigh)(int size, float most, float temperature, const float *x, float *weights);
   // token: the entry's number.

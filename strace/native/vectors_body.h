@@ -166,26 +166,30 @@ inline float total(int size, const float *x, Function f) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+inline Native all(float x) { return x - Native{}; }
+
 // e^x to 1e-7 of itself; 0 below the least normal number, never more than the greatest.
-inline Float exponential(Float x) {
-  const Float low = set(-87.33654f), bounded = larger(x, low);
-  const Float upper = set(88.37626f), y = choose_less(bounded, upper, bounded, upper);
-  const Float magic = set(12582912.0f);  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
-  const Float shifted = fma(y, set(1.44269504f), magic), n = shifted - magic;
-  Float r = fma(n, set(-0.693359375f), y);
-  r = fma(n, set(2.12194440e-4f), r);
-  Float p = set(1.9875691500e-4f);
-  p = fma(p, r, set(1.3981999507e-3f));
-  p = fma(p, r, set(8.3334519073e-3f));
-  p = fma(p, r, set(4.1665795894e-2f));
-  p = fma(p, r, set(1.6666665459e-1f));
-  p = fma(p, r, set(5.0000001201e-1f));
-  p = fma(p * r, r, r) + set(1.0f);
-  for (int i = 0; i < PARTS; ++i) p.part[i] = (Native)((Integer)p.part[i] + ((Integer)shifted.part[i] << 23));
-  return choose_less(x, low, set(0), p);
+inline Native exponential(Native x) {
+  const Native low = all(-87.33654f), bounded = x > low ? x : low;
+  const Native upper = all(88.37626f), y = bounded < upper ? bounded : upper;
+  const Native magic = all(12582912.0f);  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
+  const Native shifted = fused(y, all(1.44269504f), magic), n = shifted - magic;
+  Native r = fused(n, all(-0.693359375f), y);
+  r = fused(n, all(2.12194440e-4f), r);
+  Native p = all(1.9875691500e-4f);
+  p = fused(p, r, all(1.3981999507e-3f));
+  p = fused(p, r, all(8.3334519073e-3f));
+  p = fused(p, r, all(4.1665795894e-2f));
+  p = fused(p, r, all(1.6666665459e-1f));
+  p = fused(p, r, all(5.0000001201e-1f));
+  p = fused(p * r, r, r) + all(1.0f);
+  p = (Native)((Integer)p + ((Integer)shifted << 23));
+  return x < low ? all(0) : p;
 }
 
-inline float exponential(float x) { return exponential(set(x)).part[0][0]; }
+inline Float exponential(Float x) { STRACE_EACH(exponential(x.part[i])); }
+
+inline float exponential(float x) { return exponential(all(x))[0]; }
 
 // Within 1e-7.
 inline Float hyperbolic_tangent(Float x) {
@@ -255,10 +259,11 @@ inline void activate_with(bool gated, int neurons, const float *inner, float *y,
     for (int i = 0; i < neurons; ++i) y[i] *= inner[neurons + i];
 }
 
+// Lambdas, which are compiled into the loop: functions would be called through a pointer, their numbers in memory.
 void activate(int activation, bool gated, int neurons, const float *inner, float *y) {
-  if (activation == ST_SILU) return activate_with(gated, neurons, inner, y, silu);
-  if (activation == ST_GELU) return activate_with(gated, neurons, inner, y, gelu);
-  activate_with(gated, neurons, inner, y, gelu_tanh);
+  if (activation == ST_SILU) return activate_with(gated, neurons, inner, y, [](Float x) { return silu(x); });
+  if (activation == ST_GELU) return activate_with(gated, neurons, inner, y, [](Float x) { return gelu(x); });
+  activate_with(gated, neurons, inner, y, [](Float x) { return gelu_tanh(x); });
 }
 
 void add(int size, const float *part, float *stream) {
@@ -320,13 +325,16 @@ inline Four sum_four(Native a, Native b, Native c, Native d) {
 #endif
 }
 
-// 16 sums in order.
-inline void store_sums(const Four &a, const Four &b, const Four &c, const Four &d, float *sums) {
+// As many sums as a register holds, in order, and so stored that it can be read again at once.
+constexpr int FOURS = WIDTH / 4;
+
+inline void store_sums(const Four (&fours)[FOURS], float *sums) {
 #if defined(__AVX512F__)
-  store(fold<8>(fold<4>(a, b), fold<4>(c, d)), sums);
+  store(fold<8>(fold<4>(fours[0], fours[1]), fold<4>(fours[2], fours[3])), sums);
+#elif defined(__AVX2__)
+  _mm256_storeu_ps(sums, _mm256_set_m128((__m128)fours[1], (__m128)fours[0]));
 #else
-  const Four all[4] = {a, b, c, d};
-  std::memcpy(sums, all, sizeof all);
+  std::memcpy(sums, fours, sizeof fours);
 #endif
 }
 
@@ -344,22 +352,25 @@ struct Queries {
 // Every query against the 16 keys from `keys` on, `size` numbers each.
 template <int Q, class T>
 inline void score(Queries<Q> &at, const T *keys, int size, int place) {
-  Four fours[4][Q];
-  for (int four = 0; four < 4; ++four) {
-    Native sums[4][Q] = {};
-    for (int i = 0; i < size; i += LANES) {
-      Float query[Q];
-      for (int q = 0; q < Q; ++q) query[q] = load(at.queries[q] + i);
-      for (int p = 0; p < 4; ++p) {
-        const Float key = load(keys + (four * 4 + p) * size + i);
-        for (int q = 0; q < Q; ++q)
-          for (int part = 0; part < PARTS; ++part)
-            sums[p][q] = fused(query[q].part[part], key.part[part], sums[p][q]);
+  Four fours[Q][FOURS];
+  for (int key = 0; key < LANES; key += WIDTH) {
+#pragma GCC unroll 4
+    for (int four = 0; four < FOURS; ++four) {
+      Native sums[4][Q] = {};
+      for (int i = 0; i < size; i += LANES) {
+        Float query[Q];
+        for (int q = 0; q < Q; ++q) query[q] = load(at.queries[q] + i);
+        for (int p = 0; p < 4; ++p) {
+          const Float numbers = load(keys + (key + four * 4 + p) * size + i);
+          for (int q = 0; q < Q; ++q)
+            for (int part = 0; part < PARTS; ++part)
+              sums[p][q] = fused(query[q].part[part], numbers.part[part], sums[p][q]);
+        }
       }
+      for (int q = 0; q < Q; ++q) fours[q][four] = sum_four(sums[0][q], sums[1][q], sums[2][q], sums[3][q]);
     }
-    for (int q = 0; q < Q; ++q) fours[four][q] = sum_four(sums[0][q], sums[1][q], sums[2][q], sums[3][q]);
+    for (int q = 0; q < Q; ++q) store_sums(fours[q], at.scores[q] + place + key);
   }
-  for (int q = 0; q < Q; ++q) store_sums(fours[0][q], fours[1][q], fours[2][q], fours[3][q], at.scores[q] + place);
 }
 
 // Adds the values of positions [first, last), weighted, to COUNT vectors of what was mixed before.
@@ -389,7 +400,7 @@ inline float weigh_scores(float *scores, int first, int last, float cap, float &
     highest = larger(highest, load(scores + half));
   }
   const float now = largest(highest), next = now > most ? now : most;
-  const float decay = next == most ? 1 : exponential(most - next);
+  const float decay = exponential(most - next);  // 1 where it stays; a branch would be guessed wrong too often
   for (int half = 0; half < BLOCK; half += LANES) {
     if (last <= half || first >= half + LANES) continue;
     const Float weights = exponential(load(scores + half) - set(next));
@@ -486,6 +497,16 @@ void start_mixing(const Span &span) {
     }
 }
 
+// A block lies anywhere, so the processor does not know where the next one is.
+inline void fetch_block(const Span &span, int base) {
+  const size_t place = span.table[base / BLOCK] * span.block_bytes;
+  const size_t bytes = static_cast<size_t>(BLOCK) * span.head_dim * (span.format == ST_FP32 ? 4 : 2);
+  for (size_t line = 0; line < bytes; line += 64) {
+    __builtin_prefetch(static_cast<const char *>(span.keys) + place + line);
+    __builtin_prefetch(static_cast<const char *>(span.values) + place + line);
+  }
+}
+
 void attend(const Span &span) {
   start_mixing(span);
   const int size = span.head_dim, pitch = padded(size), end = span.start + span.tokens;
@@ -494,6 +515,7 @@ void attend(const Span &span) {
   // Entries that few queries read are widened on the way; for more it is done once.
   const bool as_stored = size == pitch && (span.format == ST_FP32 || span.tokens * span.heads <= 4);
   for (int base = first / BLOCK * BLOCK; base < last; base += BLOCK) {
+    if (base + BLOCK < last) fetch_block(span, base + BLOCK);
     const size_t place = span.table[base / BLOCK] * span.block_bytes;
     const char *keys = static_cast<const char *>(span.keys) + place;
     const char *values = static_cast<const char *>(span.values) + place;
@@ -525,7 +547,31 @@ void merge(int spans, size_t stride, int head_dim, const float *mixed, float *z)
   for (int i = 0; i < head_dim; ++i) z[i] /= weight;
 }
 
+float greatest(const float *x, int count) {
+  Float most[4];
+  for (Float &each : most) each = set(-__builtin_inff());
+  int i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    for (int j = 0; j < 4; ++j) most[j] = larger(load(x + i + j * LANES), most[j]);
+  for (; i + LANES <= count; i += LANES) most[0] = larger(load(x + i), most[0]);
+  float found = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  for (; i < count; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+}
+
+double sum_doubles(const float *x, int count) {
+  double lanes[LANES] = {};
+  int i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] += x[i + l];
+  for (; i < count; ++i) lanes[0] += x[i];
+  double whole = 0;
+  for (double lane : lanes) whole += lane;
+  return whole;
+}
+
 void weigh(int size, float most, float temperature, const float *x, float *weights) {
+  if (temperature == 1) return map(size, x, weights, [&](Float v, int) { return exponential(v - set(most)); });
   map(size, x, weights, [&](Float v, int) { return exponential((v - set(most)) / set(temperature)); });
 }
 
@@ -574,7 +620,7 @@ int32_t read(const void *memory, size_t bytes) {
 }  // namespace
 
 extern const Vectors STRACE_VECTORS;
-const Vectors STRACE_VECTORS = {normalise, rotate, activate, add,   cap,  store_row,
-                                attend,    merge,  weigh,    summarise, read};
+const Vectors STRACE_VECTORS = {normalise, rotate, activate,    add,   cap,       store_row, attend,
+                                merge,     greatest, sum_doubles, weigh, summarise, read};
 
 }  // namespace strace

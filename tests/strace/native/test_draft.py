@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,3 +98,34 @@ def test_what_a_sequence_drafts_does_not_depend_on_the_others() -> None:
         (again,) = alone.draft(SUBGRAPH, one, DraftPlan([drawing[s]], [ends[s]], rule))
         assert (again.tokens, again.confidence) == (draft.tokens, draft.confidence)
         assert again.q is None or torch.equal(again.q, draft.q)
+
+
+@pytest.mark.parametrize(
+    ("shaped", "barred"),
+    [
+        ({"temperature": 0.5}, ()),
+        ({"top_k": 3}, ()),
+        ({"top_p": 0.5}, ()),
+        ({"min_p": 0.5}, ()),
+        ({"presence_penalty": 2.0}, ()),
+        ({"frequency_penalty": 2.0}, ()),
+        ({"repetition_penalty": 3.0}, ()),
+        ({"logit_bias": tuple((id, 9.0) for id in range(0, 300, 7))}, ()),
+        ({}, range(0, 300, 3)),
+    ],
+)
+def test_confidence_is_of_the_row_before_it_is_shaped(shaped: dict, barred: Iterable[int]) -> None:
+    """At temperature 1 and with nothing else asked for it is read from the shaped row, which says the same then."""
+    full = load_tiny()
+    runner = make_native({FULL: full, SUBGRAPH: cut(full, EVEN)})
+    fill_cache(runner)
+    batch = make_batch([1], [50], room=MOST)
+
+    def confidence(params: SamplingParams, history: list[int], barred: list[int]) -> list[float]:
+        sampler = Sampler(params, Noise(1, True), 9, history, history, barred, 20)
+        plan = DraftPlan([sampler], [DraftLimits(1, 0, 1, 2.0)], make_rule(always=True))
+        return runner.draft(SUBGRAPH, batch, plan)[0].confidence
+
+    plain = confidence(SamplingParams(), [], [])
+    assert confidence(SamplingParams(**shaped), list(range(200)), list(barred)) == plain
+    assert 0 < plain[0] < 0.5
