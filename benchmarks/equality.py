@@ -42,13 +42,11 @@ LARGEST = 32  # texts side by side
 def run_blocks(runner: Runner, ids: list[int], start: int, size: int) -> Tensor:
     """float32 [len(ids) - start, V]: the full model's rows from `start` on, in passes of `size` tokens."""
     table = torch.arange(-(-len(ids) // BLOCK))[None]
-    runner.forward(FULL, Batch(torch.tensor(ids[:start]), [start], [0], table), [])
+    runner.forward(FULL, Batch(ids[:start], [start], [0], table), [])
     rows = []
     for first in range(start, len(ids), size):
         block = ids[first : first + size]
-        rows.append(
-            runner.forward(FULL, Batch(torch.tensor(block), [len(block)], [first], table), list(range(len(block))))
-        )
+        rows.append(runner.forward(FULL, Batch(block, [len(block)], [first], table), list(range(len(block)))))
     return torch.cat(rows)
 
 

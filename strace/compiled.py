@@ -104,7 +104,7 @@ class Step:
             end += count
         missing = shape.sequences - len(batch.counts)
         chosen += chosen[-shape.tokens :] * missing
-        self._tokens.copy_(batch.tokens[chosen])
+        self._tokens.copy_(torch.tensor([batch.tokens[i] for i in chosen]))
         self._positions.copy_(batch.positions[chosen])
         used = batch.tables[:, : shape.blocks]
         tables = torch.cat([used, used[:, :1].expand(-1, shape.blocks - used.shape[1])], 1)

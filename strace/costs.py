@@ -278,9 +278,9 @@ def _width(case: Case) -> int:
 
 def _dummy(case: Case, blocks: int) -> Batch:
     """Texts of token 0. They share blocks where the cache is too small for all, for only the time counts."""
-    tables = (torch.arange(case.sequences * _width(case)) % blocks).view(case.sequences, -1)
-    tokens = torch.zeros(case.sequences * case.tokens, dtype=torch.int64)
-    return Batch(tokens, [case.tokens] * case.sequences, [case.context] * case.sequences, tables)
+    texts = case.sequences
+    tables = (torch.arange(texts * _width(case)) % blocks).view(texts, -1)
+    return Batch([0] * (texts * case.tokens), [case.tokens] * texts, [case.context] * texts, tables)
 
 
 def _fill(cache: KVCache, blocks: int) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,18 +41,18 @@ class DraftLimits:
 class GainRule:
     """Whether another token pays: its expected tokens against what its time would bring at the rate now achieved.
 
-    full_seconds, draft_seconds: float64, one pass over so many tokens. tokens_per_second: now achieved. planned: tokens
-    of the coming full pass without drafts. acceptance: float64 [bins + 1], share of drafts that stand by the draft's
-    confidence, the last over all. stop_ids: int64, tokens that end the text. always: draw up to the limits, whatever it
-    brings.
+    full_seconds, draft_seconds: one pass over so many tokens. tokens_per_second: now achieved. planned: tokens of the
+    coming full pass without drafts. acceptance [bins + 1]: share of drafts that stand by the draft's confidence, the
+    last over all. stop_ids: tokens that end the text. always: draw up to the limits, whatever it brings. (Lists, for a
+    rule is made in every step and few entries are read: arrays take longer.)
     """
 
-    full_seconds: np.ndarray
-    draft_seconds: np.ndarray
+    full_seconds: list[float]
+    draft_seconds: list[float]
     tokens_per_second: float
     planned: int
-    acceptance: np.ndarray
-    stop_ids: np.ndarray
+    acceptance: list[float]
+    stop_ids: list[int]
     always: bool = False
 
     def pays(self, survival: float, alive: int, drawn: int, most: int) -> bool:
@@ -68,7 +67,7 @@ class GainRule:
         step = extrapolate(self.draft_seconds, alive) / alive
         planned = self.planned + drawn
         verified = extrapolate(self.full_seconds, planned)
-        gain, acceptance = 0.0, float(self.acceptance[-1])
+        gain, acceptance = 0.0, self.acceptance[-1]
         hope = survival * acceptance / (1 - acceptance) if acceptance < 1 else math.inf  # the gain of an endless draft
         for n in range(1, most + 1):
             survival *= acceptance
@@ -81,15 +80,15 @@ class GainRule:
 
     def stands(self, confidence: float) -> float:
         """The share of drafts of this confidence that stand."""
-        return float(self.acceptance[find_bin(confidence, len(self.acceptance) - 1)])
+        return self.acceptance[find_bin(confidence, len(self.acceptance) - 1)]
 
 
-def extrapolate(table: np.ndarray, n: int) -> float:
+def extrapolate(table: Sequence[float], n: int) -> float:
     """Entry n, beyond the last one by the last slope."""
     if n < len(table):
-        return float(table[n])
+        return table[n]
     beyond = n - len(table) + 1
-    return float(table[-1] + beyond * (table[-1] - table[-2]))
+    return table[-1] + beyond * (table[-1] - table[-2])
 
 
 def find_bin(confidence: float, bins: int) -> int:
@@ -111,9 +110,9 @@ TIMING = Sampler(SamplingParams(temperature=1.0), Noise(0, shared=False), 0)  # 
 
 def plan_steps(sequences: int, steps: int) -> DraftPlan:
     """So many tokens for each sequence, drawn at temperature 1: for timing."""
-    nothing = np.zeros(2)
-    rule = GainRule(nothing, nothing, 0.0, 0, nothing, np.zeros(0, dtype=np.int64), always=True)
-    return DraftPlan([TIMING] * sequences, [DraftLimits(steps, 0, steps, np.inf)] * sequences, rule)
+    nothing = [0.0, 0.0]
+    rule = GainRule(nothing, nothing, 0.0, 0, nothing, [], always=True)
+    return DraftPlan([TIMING] * sequences, [DraftLimits(steps, 0, steps, math.inf)] * sequences, rule)
 
 
 @dataclass(frozen=True)

@@ -45,16 +45,16 @@ def make_cache(spec: Spec, blocks: int, dtype: torch.dtype, devices: list[torch.
     )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Batch:
     """The tokens of one pass: ragged, concatenated, no padding.
 
-    tokens: int64 [N]. counts: tokens of each of the S sequences. starts: position of each sequence's first token here;
+    tokens: N of them. counts: tokens of each of the S sequences. starts: position of each sequence's first token here;
     all before it is in the cache. tables: int64 [S, B], the blocks of each sequence in order (unused entries: any valid
-    block).
+    block). (Not frozen and no tensor but the tables, for one is made for every pass: a tensor takes ten times as long.)
     """
 
-    tokens: Tensor
+    tokens: list[int]
     counts: list[int]
     starts: list[int]
     tables: Tensor

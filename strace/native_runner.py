@@ -7,6 +7,7 @@ seeded text of `exact` equals that of `full`.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import operator
 import weakref
@@ -206,13 +207,39 @@ _array = cache(operator.mul)
 """The type of an array, of an element's type and a length. ctypes itself forgets types, and takes long to make them."""
 
 
-def _describe_batch(batch: Batch) -> tuple[native.Batch, tuple[Tensor, Tensor]]:
-    """A batch as C sees it, and what must live until the call is over."""
-    tokens, tables = batch.tokens.contiguous(), batch.tables.contiguous()
-    sequences, stride = tables.shape
-    numbers = _array(ctypes.c_int32, sequences)
-    counts, starts = numbers(*batch.counts), numbers(*batch.starts)
-    return native.Batch(sequences, stride, tokens.data_ptr(), counts, starts, tables.data_ptr()), (tokens, tables)
+class _Tables:
+    """The tables of a graph's last batch as C sees them: from pass to pass they are mostly the same."""
+
+    def __init__(self, given: Tensor) -> None:
+        self.given = given
+        self._held = given.contiguous()
+        self.sequences, self.stride = given.shape
+        self.pointer = self._held.data_ptr()
+
+
+class _Room:
+    """Where a graph's drafts leave their distributions, float32 [sequences, most, vocabulary], in the same memory from
+    draft to draft. What is seen of it is kept: making a view of a tensor takes longer than drawing a token."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._shape, self.pointer = (0, 0, 0), 0
+        self._views: dict[tuple[int, int], Tensor] = {}
+
+    def reshape(self, sequences: int, most: int, vocabulary: int) -> None:
+        """Make room for the coming draft; what the last one left is lost."""
+        if (shape := (sequences, most, vocabulary)) != self._shape:
+            if (size := math.prod(shape)) > len(self._memory):
+                self._memory = torch.empty(size)
+            self._shape, self.pointer = shape, self._memory.data_ptr()
+            self._views.clear()
+
+    def see(self, sequence: int, drawn: int) -> Tensor:
+        """The distributions of what was drawn for a sequence [drawn, vocabulary]."""
+        if (sequence, drawn) not in self._views:
+            whole = self._memory[: math.prod(self._shape)].view(self._shape)
+            self._views[sequence, drawn] = whole[sequence, :drawn]
+        return self._views[sequence, drawn]
 
 
 def _allow(allowed: Callable[[Sequence[int]], np.ndarray]) -> Callable[..., int]:
@@ -307,18 +334,19 @@ def _describe_held(held: Sequence[Held]) -> tuple[ctypes.Array[native.Held], Any
 
 
 def _describe_rule(rule: GainRule) -> native.Rule:
-    """The rule as C sees it; its arrays are the rule's own."""
+    """The rule as C sees it."""
+    table, shares, stops = len(rule.full_seconds), len(rule.acceptance), len(rule.stop_ids)
     return native.Rule(
-        always=rule.always,
-        tokens_per_second=rule.tokens_per_second,
-        full_seconds=rule.full_seconds.ctypes.data,
-        draft_seconds=rule.draft_seconds.ctypes.data,
-        table=len(rule.full_seconds),
-        planned=rule.planned,
-        stop_count=len(rule.stop_ids),
-        bins=len(rule.acceptance) - 1,
-        acceptance=rule.acceptance.ctypes.data,
-        stop_ids=rule.stop_ids.ctypes.data,
+        rule.always,
+        rule.tokens_per_second,
+        _array(ctypes.c_double, table)(*rule.full_seconds),
+        _array(ctypes.c_double, table)(*rule.draft_seconds),
+        table,
+        rule.planned,
+        stops,
+        shares - 1,
+        _array(ctypes.c_double, shares)(*rule.acceptance),
+        _array(ctypes.c_int64, stops)(*rule.stop_ids),
     )
 
 
@@ -384,7 +412,8 @@ class NativeRunner:
                     continue
                 description, self.graphs[name] = _describe_graph(decoder, self._weights)
                 self._numbers[name] = native.check(self._library.st_add_graph(self._handle, description))
-        self._rooms: dict[str, Tensor] = {}
+        self._tables: dict[str, _Tables] = {}
+        self._rooms = {name: _Room() for name in graphs}
         self._judging, self._drafting = _Samplers(), {name: _Samplers() for name in graphs}
         self._token_ids = {name: decoder.token_ids for name, decoder in graphs.items()}
 
@@ -421,23 +450,22 @@ class NativeRunner:
         return list(summaries)
 
     def _run(self, graph: str, batch: Batch, rows: list[int], logits: int | None, summaries: int | None) -> None:
-        described, _borrowed = _describe_batch(batch)
+        described, number = self._describe_batch(graph, batch), self._numbers[graph]
         wanted = _array(ctypes.c_int32, len(rows))(*rows)
-        number = self._numbers[graph]
         native.check(self._library.st_forward(self._handle, number, described, wanted, len(rows), logits, summaries))
 
     def draft(self, graph: str, batch: Batch, plan: DraftPlan) -> list[Draft]:
         sequences, most = len(plan.limits), max(map(_most, plan.limits))
-        vocabulary = self.graphs[graph].spec.vocabulary
-        described, _borrowed = _describe_batch(batch)
+        room = self._rooms[graph]
+        room.reshape(sequences, most, self.graphs[graph].spec.vocabulary)
         limits = (native.Limits(limit.held, limit.emitted, limit.room, limit.threshold) for limit in plan.limits)
         counts, tokens = _array(ctypes.c_int32, sequences)(), _array(ctypes.c_int64, sequences * most)()
-        confidence, q = _array(ctypes.c_float, sequences * most)(), self._q(graph, sequences * most * vocabulary)
+        confidence = _array(ctypes.c_float, sequences * most)()
         native.check(
             self._library.st_draft(
                 self._handle,
                 self._numbers[graph],
-                described,
+                self._describe_batch(graph, batch),
                 self._drafting[graph].describe(plan.samplers),
                 _array(native.Limits, sequences)(*limits),
                 _describe_rule(plan.rule),
@@ -445,21 +473,29 @@ class NativeRunner:
                 counts,
                 tokens,
                 confidence,
-                q.data_ptr(),
+                room.pointer,
             )
         )
-        rows = q[: sequences * most * vocabulary].view(sequences, most, vocabulary)
         drafts = []
-        for s, (count, sampler) in enumerate(zip(counts, plan.samplers, strict=True)):
+        for s, (count, sampler) in enumerate(zip(counts[:], plan.samplers, strict=True)):
             drawn = slice(s * most, s * most + count)
-            drafts.append(Draft(tokens[drawn], confidence[drawn], None if sampler.greedy else rows[s, :count]))
+            drafts.append(Draft(tokens[drawn], confidence[drawn], None if sampler.greedy else room.see(s, count)))
         return drafts
 
-    def _q(self, graph: str, size: int) -> Tensor:
-        """Room for a draft's distributions, float32 [size or more], the same from draft to draft."""
-        if graph not in self._rooms or len(self._rooms[graph]) < size:
-            self._rooms[graph] = torch.empty(size)
-        return self._rooms[graph]
+    def _describe_batch(self, graph: str, batch: Batch) -> native.Batch:
+        """A batch as C sees it, good until the graph's next one."""
+        tables = self._tables.get(graph)
+        if tables is None or tables.given is not batch.tables:
+            self._tables[graph] = tables = _Tables(batch.tables)
+        numbers = _array(ctypes.c_int32, tables.sequences)
+        return native.Batch(
+            tables.sequences,
+            tables.stride,
+            _array(ctypes.c_int64, len(batch.tokens))(*batch.tokens),
+            numbers(*batch.counts),
+            numbers(*batch.starts),
+            tables.pointer,
+        )
 
     def process(self, logits: Tensor, drafts: Sequence[int], sampler: Sampler) -> Tensor:
         """`Sampler.process` in place, for tests."""
@@ -474,9 +510,8 @@ class NativeRunner:
         return self._judge(self._library.st_verify, (logits.data_ptr(), logits.shape[1]), held)
 
     def verify_pass(self, batch: Batch, rows: list[int], held: Sequence[Held]) -> list[Verdict]:
-        described, _borrowed = _describe_batch(batch)
         wanted = _array(ctypes.c_int32, len(rows))(*rows)
-        asked = self._numbers[FULL], described, wanted, len(rows)
+        asked = self._numbers[FULL], self._describe_batch(FULL, batch), wanted, len(rows)
         return self._judge(self._library.st_verify_pass, asked, held)
 
     def _judge(self, call: Callable[..., int], asked: tuple[Any, ...], held: Sequence[Held]) -> list[Verdict]:
@@ -485,7 +520,7 @@ class NativeRunner:
         samplers = self._judging.describe(text.sampler for text in held)
         standing, tokens = _array(ctypes.c_int32, len(held))(), _array(ctypes.c_int64, len(held))()
         native.check(call(self._handle, *asked, len(held), described, samplers, standing, tokens))
-        return _tell(held, standing, tokens, divergences)
+        return _tell(held, standing[:], tokens[:], divergences)
 
 
 def _tell(

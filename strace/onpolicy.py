@@ -83,7 +83,7 @@ def _continue(
     starts, alive = [0] * len(texts), list(range(len(texts)))
     for _ in range(tokens):
         counts = [len(texts[i]) - starts[i] for i in alive]
-        pending = torch.tensor([token for i in alive for token in texts[i][starts[i] :]])
+        pending = [token for i in alive for token in texts[i][starts[i] :]]
         batch = Batch(pending, counts, [starts[i] for i in alive], tables[alive])
         logits = runner.forward(FULL, batch, (np.cumsum(counts) - 1).tolist())
         held = [Held(row, [], None, Sampler(params, noises[i], len(texts[i]))) for row, i in enumerate(alive)]

@@ -74,7 +74,7 @@ class TorchRunner(Runner):
         decoder, positions = self.graphs[graph], batch.positions
         device = decoder.embed.device
         attend = PagedAttend(self.cache, batch, positions)
-        streams = decoder.streams(batch.tokens.to(device), positions.to(device), attend)
+        streams = decoder.streams(torch.tensor(batch.tokens, device=device), positions.to(device), attend)
         return decoder.logits(streams[torch.tensor(rows, dtype=torch.int64, device=streams.device)])
 
     @torch.inference_mode()
@@ -90,7 +90,7 @@ class TorchRunner(Runner):
             drawn += sum([drafting[i].draw(row, coverage) for i, row in zip(alive, logits, strict=True)])
             alive = [i for i in alive if drafting[i].goes_on(len(alive), drawn)]
             starts = [ends[i] + len(drafting[i].tokens) - 1 for i in alive]
-            tokens = torch.tensor([drafting[i].tokens[-1] for i in alive], dtype=torch.int64)
+            tokens = [drafting[i].tokens[-1] for i in alive]
             step, rows = Batch(tokens, [1] * len(alive), starts, batch.tables[alive]), list(range(len(alive)))
         return [each.draft for each in drafting]
 

@@ -48,9 +48,10 @@ class CostModel:
         self._seen = dict.fromkeys(measured, 0)
         self._own: dict[tuple[int, bool], tuple[float, int]] = {}
 
-    def table(self, graph: str) -> np.ndarray:
-        """float64: seconds of one pass over so many tokens; `strace.draft.extrapolate` gives those beyond it."""
-        return self._tables[graph] * self._factor(graph)
+    def table(self, graph: str) -> list[float]:
+        """Seconds of one pass over so many tokens; `strace.draft.extrapolate` gives those beyond it."""
+        factor = self._factor(graph)
+        return [seconds * factor for seconds in self._tables[graph]]
 
     def seconds(self, graph: str, tokens: int) -> float:
         """One pass over `tokens`; of the full model at one token per sequence, this is the full step."""
@@ -62,8 +63,9 @@ class CostModel:
     def estimate(self, shares: Mapping[str, float]) -> CostModel:
         """A model for other drafts, none of which was measured: each like `pooled`, times its share of the bytes that
         `pooled` read. Live passes put it right."""
-        other, step = CostModel({}), self.table(POOLED) / self._factor(FULL)
-        other._tables = {FULL: self._tables[FULL]} | {graph: step * share for graph, share in shares.items()}
+        other, level = CostModel({}), self._level[POOLED]
+        step = [seconds * level for seconds in self._tables[POOLED]]
+        other._tables = {FULL: self._tables[FULL]} | {g: [s * share for s in step] for g, share in shares.items()}
         other._level = {FULL: self._level[FULL]} | dict.fromkeys(shares, 1.0)
         other._seen = {FULL: self._seen[FULL]} | dict.fromkeys(shares, 0)
         other._own = self._own.copy()
@@ -96,13 +98,14 @@ class CostModel:
         return self.seconds(FULL, tokens) / self.seconds(FULL, 1)
 
 
-def _interpolate(points: dict[int, float]) -> np.ndarray:
+def _interpolate(points: dict[int, float]) -> list[float]:
     """Seconds for 0.._TABLE tokens: linear between the points, never falling, the last slope going on."""
     known = sorted(points)
     values = np.maximum.accumulate([points[n] for n in known])
     slope = (values[-1] - values[-2]) / (known[-1] - known[-2])
     counts = np.arange(_TABLE + 1)
-    return np.interp(counts, known, values) + np.maximum(counts - known[-1], 0) * slope
+    seconds: list[float] = (np.interp(counts, known, values) + np.maximum(counts - known[-1], 0) * slope).tolist()
+    return seconds
 
 
 def measure_start(runner: Runner, weight_hash: str) -> CostModel:

@@ -71,13 +71,13 @@ class Tables:
     """The tables of a batch's texts in one tensor, put together anew only where one of them is another."""
 
     def __init__(self) -> None:
-        self._known: list[Tensor] = []
+        self._known: list[np.ndarray] = []
         self._joined = torch.empty(0, 0, dtype=torch.int64)
 
-    def join(self, tables: list[Tensor]) -> Tensor:
+    def join(self, tables: list[np.ndarray]) -> Tensor:
         """int64 [S, B]."""
         if list(map(id, tables)) != list(map(id, self._known)):
-            self._known, self._joined = tables, torch.stack(tables)
+            self._known, self._joined = tables, torch.from_numpy(np.stack(tables))
         return self._joined
 
 
@@ -91,7 +91,7 @@ class Gathering:
         self._tokens: list[int] = []
         self._counts: list[int] = []
         self._starts: list[int] = []
-        self._tables: list[Tensor] = []
+        self._tables: list[np.ndarray] = []
 
     def add(self, sequence: Sequence, tokens: list[int], wanted: int) -> None:
         """Add a text, of whose tokens the last `wanted` want rows."""
@@ -106,8 +106,7 @@ class Gathering:
 
     def join(self, tables: Tables) -> Batch:
         """The pass. tables: of the graph that it is of."""
-        tokens = torch.from_numpy(np.array(self._tokens, dtype=np.int64))
-        return Batch(tokens, self._counts, self._starts, tables.join(self._tables))
+        return Batch(self._tokens, self._counts, self._starts, tables.join(self._tables))
 
 
 class Cycle:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -187,7 +188,7 @@ class Engine:
             deliver,
             Times(time.monotonic()),
             gate,
-            torch.zeros(blocks_for(self.limits.context), dtype=torch.int64),
+            np.zeros(blocks_for(self.limits.context), dtype=np.int64),
             Shadow() if tripped is not None else None,
             None if request.grammar is None else request.grammar.begin(stop_ids, request.min_tokens),
         )
@@ -332,7 +333,7 @@ class Engine:
             RuntimeError: its logits are no numbers.
         """
         blocks = self.pool.take(1) or []
-        batch = Batch(torch.zeros(1, dtype=torch.int64), [1], [0], torch.tensor([blocks]))
+        batch = Batch([0], [1], [0], torch.tensor([blocks]))
         finite = bool(self.runner.forward(FULL, batch, [0]).isfinite().all())
         self.pool.give_back(blocks)
         if not finite:

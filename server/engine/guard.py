@@ -240,10 +240,10 @@ class Turn:
 class Guard:
     """The verdicts on all modes, classes and batch sizes."""
 
-    def __init__(self, full_seconds: np.ndarray, active: bool = True) -> None:
-        """full_seconds: float64, a full pass over so many tokens; only its shape counts. active: False lets everything
-        draft, and measures nothing."""
-        self._table = full_seconds.copy()
+    def __init__(self, full_seconds: list[float], active: bool = True) -> None:
+        """full_seconds: a full pass over so many tokens; only its shape counts. active: False lets everything draft,
+        and measures nothing."""
+        self._table = full_seconds
         self._active = active
         self._buckets = defaultdict[int, Bucket](Bucket)
         self._random = random.Random(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from server.engine.blocks import chain_key
@@ -61,7 +61,7 @@ class Sequence:
     deliver: Deliver
     times: Times
     gate: Gate
-    table: Tensor
+    table: np.ndarray
     shadow: Shadow | None = None
     constraint: Constraint | None = None
     ids: list[int] = field(init=False)
@@ -123,8 +123,8 @@ class Sequence:
         if blocks:
             held = len(self.blocks)
             self.blocks += blocks
-            self.table = self.table.clone()
-            self.table[held : len(self.blocks)] = torch.tensor(blocks)
+            self.table = self.table.copy()
+            self.table[held : len(self.blocks)] = blocks
 
     def reach(self, options: Options) -> int:
         """Length of the text with all drafts that the next step may draw."""

@@ -6,9 +6,8 @@ drawn exactly while its expected tokens exceed what its time would bring at the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-
-import numpy as np
 
 from server.engine.cost import CostModel
 from strace.draft import GainRule, find_bin
@@ -24,24 +23,19 @@ class Calibration:
     """Share of drafts that the full model accepts, by the draft's confidence; old evidence fades."""
 
     def __init__(self) -> None:
-        # Lists: a step judges single entries, for which an array takes several times as long.
         self._accepted = [_PRIOR * _WEIGHT] * (_BINS + 1)
         self._judged = [_WEIGHT] * (_BINS + 1)
-        self._shares: np.ndarray | None = None
 
     def judge(self, confidence: float, accepted: float) -> None:
         """Learn one outcome; the last entry is over all confidences."""
         for entry in (find_bin(confidence, _BINS), _BINS):
             self._accepted[entry] = _MEMORY * self._accepted[entry] + accepted
             self._judged[entry] = _MEMORY * self._judged[entry] + 1
-        self._shares = None
 
     @property
-    def acceptance(self) -> np.ndarray:
-        """float64 [bins + 1]: a_hat of a draft by its confidence; the last of one not yet drawn."""
-        if self._shares is None:
-            self._shares = np.array(self._accepted) / self._judged
-        return self._shares
+    def acceptance(self) -> list[float]:
+        """a_hat of a draft by its confidence [bins]; one more entry, of a draft not yet drawn."""
+        return list(map(operator.truediv, self._accepted, self._judged))
 
 
 class Speculation:
@@ -52,7 +46,7 @@ class Speculation:
     ) -> None:
         """stop_ids: tokens that end a text, and so a draft. always: draw up to the limits, whatever it brings."""
         self.cost = cost
-        self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
+        self._stop_ids = sorted(stop_ids)
         self._always = always
         self.calibrations = {graph: Calibration() for graph in graphs}
         self._rate = 1.0

@@ -122,7 +122,7 @@ class Batch(Structure):
     _fields_ = [
         ("sequences", c_int32),
         ("table_stride", c_int32),
-        ("tokens", c_void_p),
+        ("tokens", POINTER(c_int64)),
         ("counts", POINTER(c_int32)),
         ("starts", POINTER(c_int32)),
         ("tables", c_void_p),
@@ -177,11 +177,11 @@ class Rule(Structure):
     _fields_ = [
         ("always", c_int32),
         ("tokens_per_second", c_double),
-        ("full_seconds", c_void_p),
-        ("draft_seconds", c_void_p),
+        ("full_seconds", POINTER(c_double)),
+        ("draft_seconds", POINTER(c_double)),
         *((name, c_int32) for name in ("table", "planned", "stop_count", "bins")),
-        ("acceptance", c_void_p),
-        ("stop_ids", c_void_p),
+        ("acceptance", POINTER(c_double)),
+        ("stop_ids", POINTER(c_int64)),
     ]
 
 

@@ -45,7 +45,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 
 def logits(decoder: Decoder) -> torch.Tensor:
     runner = make_runner({FULL: decoder})
-    return runner.forward(FULL, Batch(random_tokens(20), [20], [0], torch.tensor([[3]])), list(range(20)))
+    return runner.forward(FULL, Batch(random_tokens(20).tolist(), [20], [0], torch.tensor([[3]])), list(range(20)))
 
 
 def load(folder: Path) -> Decoder:

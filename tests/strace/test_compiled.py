@@ -55,7 +55,7 @@ def entries(cache: KVCache) -> Tensor:
 
 def make_batch(counts: list[int], starts: list[int], seed: int) -> Batch:
     tables = scatter_blocks([s + n for s, n in zip(starts, counts, strict=True)], BLOCKS, seed)
-    return Batch(random_tokens(sum(counts), seed), counts, starts, tables)
+    return Batch(random_tokens(sum(counts), seed).tolist(), counts, starts, tables)
 
 
 @settings(max_examples=40)

@@ -180,8 +180,7 @@ def test_multiplications_of_a_prompt_are_those_of_its_products(model: Path) -> N
     full = load_decoder(open_checkpoint(str(model)), "fp32")
     tokens, runner = 32, TorchRunner({FULL: full}, make_cache(full.spec, 1, torch.float32))
     with FlopCounterMode(display=False) as counted:
-        zeros = torch.zeros(tokens, dtype=torch.int64)
-        runner.forward(FULL, Batch(zeros, [tokens], [0], zeros[None, :1]), [0])
+        runner.forward(FULL, Batch([0] * tokens, [tokens], [0], torch.tensor([[0]])), [0])
     attention = full.spec.layers * full.spec.heads * full.spec.head_dim * tokens * (tokens + 1)
     assert count_macs(full, tokens) - attention == counted.get_total_flops() / 2
 

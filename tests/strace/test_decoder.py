@@ -117,7 +117,7 @@ def run_in_passes(decoder: Decoder, texts: list[Tensor], passes: list[list[int]]
     for counts in passes:
         present = [s for s, n in enumerate(counts) if n]
         tokens = torch.cat([texts[s][done[s] : done[s] + counts[s]] for s in present])
-        batch = Batch(tokens, [counts[s] for s in present], [done[s] for s in present], tables[present])
+        batch = Batch(tokens.tolist(), [counts[s] for s in present], [done[s] for s in present], tables[present])
         rows = runner.forward(FULL, batch, list(range(len(tokens)))).split([counts[s] for s in present])
         for s, part in zip(present, rows, strict=True):
             found[s].append(part)

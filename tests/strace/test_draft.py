@@ -29,14 +29,13 @@ def make_rule(
     always: bool = False,
 ) -> GainRule:
     """A full step costs 1, a token more `slope`, a draft step `step`; surer drafts stand more often."""
-    counts = np.arange(65.0)
     return GainRule(
-        full_seconds=1 + slope * (counts - 1),
-        draft_seconds=step + 0.001 * counts,
+        full_seconds=[1 + slope * (n - 1) for n in range(65)],
+        draft_seconds=[step + 0.001 * n for n in range(65)],
         tokens_per_second=rate,
         planned=planned,
-        acceptance=np.array([*np.linspace(0.3, 0.95, 10), 0.8]),
-        stop_ids=np.array(stop_ids, dtype=np.int64),
+        acceptance=[*np.linspace(0.3, 0.95, 10).tolist(), 0.8],
+        stop_ids=list(stop_ids),
         always=always,
     )
 
@@ -56,7 +55,7 @@ def test_a_draft_equals_forward_step_by_step(full: Decoder, graphs: dict[str, De
     samplers = [Sampler(params, Noise(s, s == 1), len(text), [3, 3]) for s, text in enumerate(texts)]
     plan = DraftPlan(samplers, [DraftLimits(n, 0, n, 2.0) for n in depths], make_rule(always=True))
     tokens = torch.cat([text[v:] for text, v in zip(texts, verified, strict=True)])
-    drafts = runners[0].draft(SUBGRAPH, Batch(tokens, pending, verified, tables), plan)
+    drafts = runners[0].draft(SUBGRAPH, Batch(tokens.tolist(), pending, verified, tables), plan)
 
     assert [len(draft.tokens) for draft in drafts] == depths
     for s, (text, table, draft) in enumerate(zip(texts, tables, drafts, strict=True)):
@@ -74,7 +73,7 @@ def test_a_draft_equals_forward_step_by_step(full: Decoder, graphs: dict[str, De
 def test_timed_steps_are_drawn_and_as_many_as_asked(graphs: dict[str, Decoder]) -> None:
     runner = make_runner(graphs)
     tables = scatter_blocks([9, 9], runner.cache.blocks)
-    drafts = runner.draft(SUBGRAPH, Batch(random_tokens(2), [1, 1], [0, 0], tables), plan_steps(2, 3))
+    drafts = runner.draft(SUBGRAPH, Batch(random_tokens(2).tolist(), [1, 1], [0, 0], tables), plan_steps(2, 3))
     assert count_alive(drafts) == [2, 2, 2]
     assert all(draft.q is not None for draft in drafts), "drawing is a part of what a step costs"
 
@@ -128,7 +127,7 @@ def test_another_token_is_drawn_only_where_it_pays() -> None:
 
 
 def test_beyond_a_table_the_last_slope_goes_on() -> None:
-    table = np.array([0.0, 1.0, 3.0])
+    table = [0.0, 1.0, 3.0]
     assert [extrapolate(table, n) for n in (0, 1, 2, 3, 10)] == [0, 1, 3, 5, 19]
 
 

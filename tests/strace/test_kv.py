@@ -52,7 +52,7 @@ def passes(draw: Any) -> SimpleNamespace:
     n, d = sum(counts), SPEC.head_dim
     q = torch.randn(n, heads * SPEC.group, d, generator=generator)
     k, v = torch.randn(2, n, heads, d, generator=generator)
-    batch = Batch(torch.zeros(n, dtype=torch.int64), counts, starts, tables)
+    batch = Batch([0] * n, counts, starts, tables)
     attention = SimpleNamespace(
         kept=None if kept is None else torch.tensor(kept), window=window, scale=d**-0.5, cap=0.0
     )
@@ -92,7 +92,7 @@ def test_a_pass_writes_its_slots_only_and_reads_each_past(case: SimpleNamespace)
 
 
 def test_positions_follow_each_start() -> None:
-    batch = Batch(torch.zeros(6, dtype=torch.int64), [1, 3, 2], [31, 0, 64], torch.zeros(3, 3, dtype=torch.int64))
+    batch = Batch([0] * 6, [1, 3, 2], [31, 0, 64], torch.zeros(3, 3, dtype=torch.int64))
     assert batch.positions.tolist() == [31, 0, 1, 2, 64, 65]
 
 

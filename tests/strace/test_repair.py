@@ -70,7 +70,7 @@ def test_the_emulated_blocks_are_what_the_runner_serves(
     for s in range(2):
         firsts = sorted(set(starts[s].tolist()))
         for start, end in zip(firsts, [*firsts[1:], 45], strict=True):
-            batch_of = lambda a, b: Batch(batch.tokens[s, a:b], [b - a], [a], tables[s : s + 1])  # noqa: B023, E731
+            batch_of = lambda a, b: Batch(batch.tokens[s, a:b].tolist(), [b - a], [a], tables[s : s + 1])  # noqa: B023, E731
             if start:
                 before = max(f for f in firsts if f < start)
                 runner.forward(FULL, batch_of(before, start), [0])

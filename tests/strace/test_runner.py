@@ -36,7 +36,7 @@ def graphs(full: Decoder) -> dict[str, Decoder]:
 
 def step(tokens: Tensor, start: int, table: Tensor) -> Batch:
     """A pass over one sequence."""
-    return Batch(tokens, [len(tokens)], [start], table[None])
+    return Batch(tokens.tolist(), [len(tokens)], [start], table[None])
 
 
 def every(batch: Batch) -> list[int]:
@@ -143,7 +143,7 @@ def test_subgraph_writes_only_its_heads_in_its_own_slots(full: Decoder, data: st
     tables = scatter_blocks([s + n for s, n in zip(starts, counts, strict=True)], 24, seed)
     present = [0, 2]
     tokens = random_tokens(counts[0] + counts[2], seed)
-    batch = Batch(tokens, [counts[s] for s in present], [starts[s] for s in present], tables[present])
+    batch = Batch(tokens.tolist(), [counts[s] for s in present], [starts[s] for s in present], tables[present])
     runner.forward(SUBGRAPH, batch, [0])
     for l, (was, now) in enumerate(zip(before, entries(runner), strict=True)):
         allowed = torch.zeros_like(was, dtype=torch.bool)
@@ -166,7 +166,8 @@ def test_a_batch_equals_each_sequence_alone(graphs: dict[str, Decoder], graph: s
             runner.forward(FULL, step(text[:start], 0, table), [0])
         last = step(text[start:], start, table)
         expected.append(alone.forward(graph, last, every(last)))
-    batch = Batch(torch.cat([t[s:] for t, s in zip(texts, starts, strict=True)]), counts, starts, tables)
+    tokens = torch.cat([t[s:] for t, s in zip(texts, starts, strict=True)]).tolist()
+    batch = Batch(tokens, counts, starts, tables)
     got = batched.forward(graph, batch, every(batch))
     assert (got - torch.cat(expected)).abs().max() <= 1e-5
 

@@ -75,7 +75,7 @@ class Memory(TorchRunner):
 
     def forward(self, graph: str, batch: Batch, rows: list[int]) -> Tensor:
         logits, number = [], 0
-        tokens = iter(batch.tokens.tolist())
+        tokens = iter(batch.tokens)
         for count, start, table in zip(batch.counts, batch.starts, batch.tables.tolist(), strict=True):
             for position in range(start, start + count):
                 token = next(tokens)

@@ -68,7 +68,7 @@ def fill_cache(*runners: Runner, seed: int = 0) -> None:
 def make_batch(counts: list[int], starts: list[int], seed: int = 0, room: int = 0) -> Batch:
     """Random tokens of sequences that lie anywhere in the cache, with room for more of each."""
     ends = [start + count + room for start, count in zip(starts, counts, strict=True)]
-    tokens = torch.randint(0, 256, (sum(counts),), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(0, 256, (sum(counts),), generator=torch.Generator().manual_seed(seed)).tolist()
     return Batch(tokens, counts, starts, scatter_blocks(ends, BLOCKS, seed))
 
 
@@ -84,6 +84,6 @@ def split(batch: Batch, sizes: list[list[int]]) -> list[tuple[list[int], Batch]]
         start = batch.starts[s]
         for size in chunks:
             numbers = list(range(first, first + size))
-            parts.append((numbers, Batch(batch.tokens[numbers], [size], [start], batch.tables[s : s + 1])))
+            parts.append((numbers, Batch([batch.tokens[i] for i in numbers], [size], [start], batch.tables[s : s + 1])))
             first, start = first + size, start + size
     return parts

@@ -114,6 +114,6 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_an_unknown_batch_size_is_refused() -> None:
-    empty = Batch(torch.zeros(0, dtype=torch.int64), [], [], torch.zeros(0, 1, dtype=torch.int64))
+    empty = Batch([], [], [], torch.zeros(0, 1, dtype=torch.int64))
     with pytest.raises(NativeError, match="batch is empty"):
         make_native({FULL: load_tiny()}).forward(FULL, empty, [])

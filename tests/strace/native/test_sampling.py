@@ -156,7 +156,7 @@ def test_a_pass_and_its_verdict_in_one_call_are_those_of_two(
     batch = make_batch(counts, [0] * len(counts), seed)
     held, rows, end = [], list[int](), 3
     for number, (params, count, seeded) in enumerate(texts):
-        drafts = batch.tokens[end + 1 : end + 1 + count].tolist()
+        drafts = batch.tokens[end + 1 : end + 1 + count]
         q = make_logits(count, 300, seed + number, False, False).softmax(1) if count and params.temperature else None
         sampler = Sampler(params, Noise(seed, seeded), 1, [1, 2], [3])
         held.append(Held(len(rows), drafts, q, sampler))
