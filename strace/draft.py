@@ -156,7 +156,8 @@ class Verdict(NamedTuple):
 
 def count_alive(drafts: Sequence[Draft]) -> list[int]:
     """How many sequences shared each step."""
-    return [sum(len(draft.tokens) > step for draft in drafts) for step in range(max(len(d.tokens) for d in drafts))]
+    lengths = [len(draft.tokens) for draft in drafts]
+    return [sum(length > step for length in lengths) for step in range(max(lengths))]
 
 
 @dataclass

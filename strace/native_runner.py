@@ -333,15 +333,16 @@ def _describe_held(held: Sequence[Held]) -> tuple[ctypes.Array[native.Held], Any
     return described, drafts, divergences
 
 
-def _describe_rule(rule: GainRule) -> native.Rule:
-    """The rule as C sees it."""
-    table, shares, stops = len(rule.full_seconds), len(rule.acceptance), len(rule.stop_ids)
+def _describe_rule(rule: GainRule, drafts: int) -> native.Rule:
+    """The rule as C sees it, of its tables what so many drafts in all can ask for."""
+    shares, stops = len(rule.acceptance), len(rule.stop_ids)
+    full, draft = (table[: rule.planned + drafts + 2] for table in (rule.full_seconds, rule.draft_seconds))
     return native.Rule(
         rule.always,
         rule.tokens_per_second,
-        _array(ctypes.c_double, table)(*rule.full_seconds),
-        _array(ctypes.c_double, table)(*rule.draft_seconds),
-        table,
+        _array(ctypes.c_double, len(full))(*full),
+        _array(ctypes.c_double, len(draft))(*draft),
+        len(full),
         rule.planned,
         stops,
         shares - 1,
@@ -468,7 +469,7 @@ class NativeRunner:
                 self._describe_batch(graph, batch),
                 self._drafting[graph].describe(plan.samplers),
                 _array(native.Limits, sequences)(*limits),
-                _describe_rule(plan.rule),
+                _describe_rule(plan.rule, sequences * most),
                 most,
                 counts,
                 tokens,

@@ -73,7 +73,7 @@ class CostModel:
 
     def observe(self, graph: str, passes: Iterable[int], seconds: float) -> None:
         """Learn from live passes over so many tokens each, which took `seconds` together."""
-        expected = sum(self.seconds(graph, tokens) for tokens in passes)
+        expected = self._factor(graph) * sum(extrapolate(self._tables[graph], tokens) for tokens in passes)
         ratio = min(seconds / expected, _WILD)
         self._seen[graph] += 1
         least = _FASTER if ratio < 1 else _RATE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,14 +46,25 @@ samplers = st.builds(
 limits = st.builds(
     DraftLimits, st.integers(1, 8), st.integers(1, 12), st.integers(1, 20), st.sampled_from([0.0, 0.01, 0.03, 2.0])
 )
+
+
+def raise_from(rule: GainRule, tokens: int) -> GainRule:
+    """Passes over so many tokens and more take longer at once, as where a kernel ends."""
+    return replace(rule, full_seconds=[s + 5 * (n >= tokens) for n, s in enumerate(rule.full_seconds)])
+
+
 rules = st.builds(
-    make_rule,
-    step=st.sampled_from([0.05, 0.5, 0.9]),
-    slope=st.sampled_from([0.01, 0.3]),
-    rate=st.sampled_from([1.0, 1.6]),
-    planned=st.integers(1, 5),
-    stop_ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=40),
-    always=st.booleans(),
+    raise_from,
+    st.builds(
+        make_rule,
+        step=st.sampled_from([0.05, 0.5, 0.9]),
+        slope=st.sampled_from([0.01, 0.3]),
+        rate=st.sampled_from([1.0, 1.6]),
+        planned=st.integers(1, 5),
+        stop_ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=40),
+        always=st.booleans(),
+    ),
+    st.integers(2, 16),
 )
 
 
