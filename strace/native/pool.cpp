@@ -11,7 +11,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr auto SPIN_ALONE = microseconds(20);  // then others who wait for the core are let on it
-constexpr auto SPIN = microseconds(200);       // longer than what lies between two passes of a busy server
+constexpr auto SPIN = microseconds(1000);      // longer than what lies between two passes of a busy server, .3 to .6 ms
 constexpr int PAUSES_PER_LOOK = 16;
 constexpr int PARTS = 4;                       // of what a thread has left it takes one, so that all end together
 
