@@ -51,7 +51,7 @@ class Batch:
 
     tokens: N of them. counts: tokens of each of the S sequences. starts: position of each sequence's first token here;
     all before it is in the cache. tables: int64 [S, B], the blocks of each sequence in order (unused entries: any valid
-    block). (Not frozen and no tensor but the tables, for one is made for every pass: a tensor takes several times as long.)
+    block). (Not frozen, and no tensor but the tables: one is made for every pass, and tensors take far longer.)
     """
 
     tokens: list[int]
