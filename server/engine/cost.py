@@ -63,9 +63,8 @@ class CostModel:
     def estimate(self, shares: Mapping[str, float]) -> CostModel:
         """A model for other drafts, none of which was measured: each like `pooled`, times its share of the bytes that
         `pooled` read. Live passes put it right."""
-        other, level = CostModel({}), self._level[POOLED]
-        step = [seconds * level for seconds in self._tables[POOLED]]
-        other._tables = {FULL: self._tables[FULL]} | {g: [s * share for s in step] for g, share in shares.items()}
+        other, step, level = CostModel({}), self._tables[POOLED], self._level[POOLED]
+        other._tables = {FULL: self._tables[FULL]} | {g: [s * level * x for s in step] for g, x in shares.items()}
         other._level = {FULL: self._level[FULL]} | dict.fromkeys(shares, 1.0)
         other._seen = {FULL: self._seen[FULL]} | dict.fromkeys(shares, 0)
         other._own = self._own.copy()

@@ -7,8 +7,6 @@
 namespace strace {
 namespace {
 
-inline size_t bytes_of(int format) { return format == ST_FP32 ? 4 : 2; }
-
 // The first span that a token at this position reads.
 inline int first_span(const st_attention &part, int position) {
   return part.window ? std::max(0, position - part.window + 1) / SPAN : 0;
@@ -51,7 +49,7 @@ void Pass::attend(int l, const Run &run, int head, int span, int thread) {
       for (int i = 0; i < size; ++i) query[i] *= shape_.attention_scale;
       std::fill(query + size, query + pitch_, 0.0f);
     }
-  const size_t head_bytes = BLOCK * size * bytes_of(cache.format), offset = part.kept[head] * head_bytes;
+  const size_t head_bytes = BLOCK * size * entry_bytes(cache.format), offset = part.kept[head] * head_bytes;
   const size_t head_stride = spans_ * mixed_stride_, token_stride = graph_.most_heads * head_stride;
   const st_layer_cache &entries = cache.layer[l];
   vectors_.attend({cache.format, size, static_cast<const char *>(entries.keys) + offset,
@@ -67,7 +65,7 @@ void Pass::write_cache(int l, const Run &run, int head, int first, int last, int
   const st_attention &part = shape_.layer[l].attention;
   const st_cache &cache = cache_;
   const int size = cache.head_dim;
-  const size_t entry = size * bytes_of(cache.format);
+  const size_t entry = size * entry_bytes(cache.format);
   for (int t = std::max(0, first - run.start); t < run.count && run.start + t < last; ++t) {
     const int position = run.start + t;
     const float *keys = this->first(run.first + t) + part.heads * size, *values = keys + part.kv_heads * size;

@@ -47,10 +47,10 @@ struct Drafting {
       ended = true;
       return;
     }
-    const bool as_is = keeps(*sampler, drawn);  // its greatest probability need not be found twice
-    const float before = as_is ? 0 : top_probability(row.values, row.count);
+    const bool plain = is_plain(*sampler, drawn);  // its greatest probability need not be found twice
+    const float before = plain ? 0 : top_probability(row.values, row.count);
     const float after = shape(row, *sampler, {tokens, drawn});
-    const float sure = coverage * (as_is ? after : before);
+    const float sure = coverage * (plain ? after : before);
     const int64_t token = row.id(draw(row, *sampler, sampler->position + drawn, Purpose::DRAFT));
     if (sampler->temperature != 0) keep(row, q + static_cast<size_t>(drawn) * vocabulary, vocabulary);
     ended = std::find(rule.stop_ids, rule.stop_ids + rule.stop_count, token) != rule.stop_ids + rule.stop_count;

@@ -49,6 +49,13 @@ void penalise_repetition(const Row &row, const st_sampler &sampler, const std::v
       *x = *x > 0 ? *x / sampler.repetition_penalty : *x * sampler.repetition_penalty;
 }
 
+bool penalises(const st_sampler &sampler) {
+  return sampler.presence_penalty != 0 || sampler.frequency_penalty != 0 || sampler.repetition_penalty != 1;
+}
+
+// Whether there are tokens that may not be drawn yet behind so many drafts.
+bool bars(const st_sampler &sampler, int drafted) { return sampler.position + drafted < sampler.barred_until; }
+
 // The repetition penalty, then presence + frequency * count off every token that was generated before.
 void penalise(const Row &row, const st_sampler &sampler, Drafted drafted) {
   std::vector<int64_t> &seen = scratch.seen;
@@ -68,7 +75,7 @@ void penalise(const Row &row, const st_sampler &sampler, Drafted drafted) {
 void bias(const Row &row, const st_sampler &sampler, int drafted) {
   for (int i = 0; i < sampler.bias_count; ++i)
     if (float *x = entry(row, sampler.bias_ids[i])) *x += sampler.bias[i];
-  if (sampler.position + drafted >= sampler.barred_until) return;
+  if (!bars(sampler, drafted)) return;
   for (int i = 0; i < sampler.barred_count; ++i)
     if (float *x = entry(row, sampler.barred[i])) *x = NEVER;
 }
@@ -221,19 +228,15 @@ bool restrict(const Row &row, const st_sampler &sampler, Drafted drafted, int vo
   return true;
 }
 
-bool keeps(const st_sampler &sampler, int drafted) {
-  const bool penalises =
-      sampler.presence_penalty != 0 || sampler.frequency_penalty != 0 || sampler.repetition_penalty != 1;
-  const bool bars = sampler.barred_count && sampler.position + drafted < sampler.barred_until;
+bool is_plain(const st_sampler &sampler, int drafted) {
   return sampler.temperature == 1 && sampler.top_k <= 0 && sampler.top_p >= 1 && sampler.min_p <= 0 &&
-         !sampler.bias_count && !penalises && !bars;
+         !sampler.bias_count && !penalises(sampler) && !(sampler.barred_count && bars(sampler, drafted));
 }
 
 float shape(const Row &row, const st_sampler &sampler, Drafted drafted) {
   const int count = row.count;
   bias(row, sampler, drafted.count);
-  if (sampler.presence_penalty != 0 || sampler.frequency_penalty != 0 || sampler.repetition_penalty != 1)
-    penalise(row, sampler, drafted);
+  if (penalises(sampler)) penalise(row, sampler, drafted);
   if (sampler.temperature == 0) {
     const int best = find_best(row.values, count);
     std::fill(row.values, row.values + count, 0.0f);

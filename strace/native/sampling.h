@@ -34,8 +34,8 @@ bool restrict(const Row &row, const st_sampler &sampler, Drafted drafted, int vo
 // Logits -> probabilities in place, as the sampler wants them; one-hot at temperature 0. Gives the greatest of them.
 float shape(const Row &row, const st_sampler &sampler, Drafted drafted);
 
-// Whether a row is shaped by its logits alone, at temperature 1.
-bool keeps(const st_sampler &sampler, int drafted);
+// Whether the row behind so many drafts is shaped by its logits alone, at temperature 1.
+bool is_plain(const st_sampler &sampler, int drafted);
 
 // Greatest probability of a row of logits at temperature 1.
 float top_probability(const float *logits, int count);

@@ -18,6 +18,9 @@ constexpr int MOST_HEAD_DIM = 256;
 // A head's numbers are padded to whole vectors.
 static inline int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
 
+// Of a number in the cache.
+static inline size_t entry_bytes(int format) { return format == ST_FP32 ? 4 : 2; }
+
 // One key/value head's attention over one span of positions: the queries are those of one sequence's tokens in this pass
 // and of the query heads that share the head, so that each key and value is read once.
 struct Span {

@@ -55,7 +55,8 @@ inline Native fused(Native a, Native b, Native c) {
 #endif
 }
 
-inline Float set(float x) { STRACE_EACH(x - Native{}); }
+inline Native spread(float x) { return x - Native{}; }
+inline Float set(float x) { STRACE_EACH(spread(x)); }
 inline Float operator+(Float a, Float b) { STRACE_EACH(a.part[i] + b.part[i]); }
 inline Float operator-(Float a, Float b) { STRACE_EACH(a.part[i] - b.part[i]); }
 inline Float operator*(Float a, Float b) { STRACE_EACH(a.part[i] * b.part[i]); }
@@ -166,30 +167,28 @@ inline float total(int size, const float *x, Function f) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-inline Native all(float x) { return x - Native{}; }
-
 // e^x to 1e-7 of itself; 0 below the least normal number, never more than the greatest.
 inline Native exponential(Native x) {
-  const Native low = all(-87.33654f), bounded = x > low ? x : low;
-  const Native upper = all(88.37626f), y = bounded < upper ? bounded : upper;
-  const Native magic = all(12582912.0f);  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
-  const Native shifted = fused(y, all(1.44269504f), magic), n = shifted - magic;
-  Native r = fused(n, all(-0.693359375f), y);
-  r = fused(n, all(2.12194440e-4f), r);
-  Native p = all(1.9875691500e-4f);
-  p = fused(p, r, all(1.3981999507e-3f));
-  p = fused(p, r, all(8.3334519073e-3f));
-  p = fused(p, r, all(4.1665795894e-2f));
-  p = fused(p, r, all(1.6666665459e-1f));
-  p = fused(p, r, all(5.0000001201e-1f));
-  p = fused(p * r, r, r) + all(1.0f);
+  const Native low = spread(-87.33654f), bounded = x > low ? x : low;
+  const Native upper = spread(88.37626f), y = bounded < upper ? bounded : upper;
+  const Native magic = spread(12582912.0f);  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
+  const Native shifted = fused(y, spread(1.44269504f), magic), n = shifted - magic;
+  Native r = fused(n, spread(-0.693359375f), y);
+  r = fused(n, spread(2.12194440e-4f), r);
+  Native p = spread(1.9875691500e-4f);
+  p = fused(p, r, spread(1.3981999507e-3f));
+  p = fused(p, r, spread(8.3334519073e-3f));
+  p = fused(p, r, spread(4.1665795894e-2f));
+  p = fused(p, r, spread(1.6666665459e-1f));
+  p = fused(p, r, spread(5.0000001201e-1f));
+  p = fused(p * r, r, r) + spread(1.0f);
   p = (Native)((Integer)p + ((Integer)shifted << 23));
-  return x < low ? all(0) : p;
+  return x < low ? spread(0) : p;
 }
 
 inline Float exponential(Float x) { STRACE_EACH(exponential(x.part[i])); }
 
-inline float exponential(float x) { return exponential(all(x))[0]; }
+inline float exponential(float x) { return exponential(spread(x))[0]; }
 
 // Within 1e-7.
 inline Float hyperbolic_tangent(Float x) {
@@ -497,10 +496,12 @@ void start_mixing(const Span &span) {
     }
 }
 
+// Where the entries of the block from `base` on begin.
+inline size_t place_of(const Span &span, int base) { return span.table[base / BLOCK] * span.block_bytes; }
+
 // A block lies anywhere, so the processor does not know where the next one is.
 inline void fetch_block(const Span &span, int base) {
-  const size_t place = span.table[base / BLOCK] * span.block_bytes;
-  const size_t bytes = static_cast<size_t>(BLOCK) * span.head_dim * (span.format == ST_FP32 ? 4 : 2);
+  const size_t place = place_of(span, base), bytes = BLOCK * span.head_dim * entry_bytes(span.format);
   for (size_t line = 0; line < bytes; line += 64) {
     __builtin_prefetch(static_cast<const char *>(span.keys) + place + line);
     __builtin_prefetch(static_cast<const char *>(span.values) + place + line);
@@ -516,7 +517,7 @@ void attend(const Span &span) {
   const bool as_stored = size == pitch && (span.format == ST_FP32 || span.tokens * span.heads <= 4);
   for (int base = first / BLOCK * BLOCK; base < last; base += BLOCK) {
     if (base + BLOCK < last) fetch_block(span, base + BLOCK);
-    const size_t place = span.table[base / BLOCK] * span.block_bytes;
+    const size_t place = place_of(span, base);
     const char *keys = static_cast<const char *>(span.keys) + place;
     const char *values = static_cast<const char *>(span.values) + place;
     if (as_stored && span.format == ST_FP32) {
