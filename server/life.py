@@ -106,12 +106,8 @@ class Server(uvicorn.Server):
         os._exit(1)
 
     def _read_again(self) -> None:
-        if not self._reloading.acquire(blocking=False):
-            logger.warning("the subgraphs are being read again already")
-            return
-        try:
-            print(self._reload(), flush=True)
-        except Exception as error:
-            logger.error("the subgraphs could not be read again, those from before stay: %s", error)
-        finally:
-            self._reloading.release()
+        with self._reloading:  # one after the other: what is read now may have changed since it was begun
+            try:
+                print(self._reload(), flush=True)
+            except Exception as error:
+                logger.error("the subgraphs could not be read again, those from before stay: %s", error)

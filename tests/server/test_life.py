@@ -32,6 +32,17 @@ def slow(self, plan):
     return full_pass(self, plan)
 Cycle.full_pass = slow
 """
+LATE = """
+import time
+import server.serve as serve
+reload = serve.reload
+def late(app):
+    told = reload(app)
+    print("read", flush=True)
+    time.sleep(0.5)
+    return told
+serve.reload = late
+"""
 LONG = {"model": "model", "prompt": "once", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
 
@@ -147,6 +158,24 @@ def test_subgraphs_are_read_again_and_the_end_is_orderly(folder: Path) -> None:
         assert lines[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in lines[-2]
         assert process.wait(30) == 0
+
+
+@pytest.mark.timeout(120)
+def test_what_changes_while_subgraphs_are_read_is_read_too(folder: Path) -> None:
+    """A signal that comes before the last one's reading has ended is not lost."""
+    subgraphs = folder / "subgraphs"
+    manifest = subgraphs / "code" / "subgraph.json"
+    text = manifest.read_text()
+    with server_process(folder, "--subgraphs", str(subgraphs), before=LATE) as (_, process):
+        assert process.stdout is not None
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "read\n"
+        manifest.write_text(re.sub(r'("pays": ?)true', r"\1false", text))
+        process.send_signal(signal.SIGHUP)
+        told = [process.stdout.readline() for _ in range(3)]
+    manifest.write_text(text)
+    assert told[:2] == ["subgraphs read again: classes code, pooled\n", "read\n"]
+    assert told[2].startswith("subgraphs read again: classes pooled")
 
 
 def check_drained(address: str, process: subprocess.Popen[str]) -> None:
