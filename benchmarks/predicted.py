@@ -3,11 +3,11 @@
 On texts that nothing was fitted on, chosen by or tuned on (`benchmarks/unused`). Drafts are of one fixed length k here,
 because only then a cycle's length does not hang on what was drawn. Predicted: 1 + sum of prod a_i, with the acceptance
 on the model's own text that the subgraph's manifest holds; k draft steps and a pass over k + 1 tokens with its verdicts
-at the costs measured just before and after, at the context that the texts have, and what the engine takes itself in
-such a step, learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the drafts they
-had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected gain ends
-drafts, prompts included; `full` is run in turn with it. With --beside so are the subgraphs of another folder, in an
-engine of their own, compared with its own `full`: what comes after another engine's run is a few per cent slower.
+at the costs measured before, between and after the texts, at the context that these have, and what the engine takes
+itself in such a step, learnt from a few texts of warm-up. Cycles that the end of a request cut short count with the
+drafts they had; intervals are 95 % bootstraps over texts. The speedup is that of serving, where the rule of expected
+gain ends drafts, prompts included; `full` is run in turn with it. With --beside so are the subgraphs of another folder,
+in an engine of their own, compared with its own `full`: what comes after another engine's run is a few per cent slower.
 
 Examples:
   python benchmarks/predicted.py
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import numpy as np
 from machine import UNUSED, describe, finish, read_prompts, require_idle, show
@@ -43,6 +45,7 @@ CONTEXTS, LENGTHS = (64, 192, 448), (1, 2, 4, 5, 6, 7, 9)  # of the passes timed
 ROUNDS = 8  # of timing
 WARMUP = 2  # texts from which the engine's own time is learnt
 _DRAWS = 1000  # of a bootstrap
+Timing = TypeVar("Timing")
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ def time_steps(engine: Engine, graph: str, context: float) -> list[Cost]:
     return drafts + [Cost(FULL, 1, n, at, seconds) for n, seconds in draw_verifying(costs, at).items()]
 
 
-def make_steps(before: Sequence[Cost], after: Sequence[Cost], own: tuple[float, float]) -> Steps:
-    """The mean of two timings, one on each side of what they predict. own: see `Steps`."""
-    draft, *full = ((a.tokens, (a.seconds + b.seconds) / 2) for a, b in zip(before, after, strict=True))
+def make_steps(timings: Sequence[Sequence[Cost]], own: tuple[float, float]) -> Steps:
+    """The mean of several timings, around and between what they predict. own: see `Steps`."""
+    draft, *full = ((same[0].tokens, fmean(cost.seconds for cost in same)) for same in zip(*timings, strict=True))
     return Steps(draft[1], dict(full), *own)
 
 
@@ -122,6 +125,25 @@ def run_in_turn(
             ids, ran = run_engine(engine, request)
             runs[each].append(Run(ran, len(ids), time.perf_counter() - started))
     return runs
+
+
+def run_and_time(
+    timed: Callable[[], Timing],
+    contestants: Mapping[str, tuple[Engine, Mode]],
+    prompts: Sequence[list[int]],
+    name: str,
+    temperature: float,
+    tokens: int,
+) -> tuple[dict[str, list[Run]], list[Timing]]:
+    """As `run_in_turn`, with passes timed before, after and after each full turn: a machine that is shared changes its
+    speed within seconds."""
+    runs: dict[str, list[Run]] = {each: [] for each in contestants}
+    timings, turn = [timed()], len(contestants)
+    for first in range(0, len(prompts), turn):
+        for each, more in run_in_turn(contestants, prompts[first : first + turn], name, temperature, tokens).items():
+            runs[each] += more
+        timings.append(timed())
+    return runs, timings
 
 
 def rate(runs: Sequence[Run]) -> float:
@@ -190,9 +212,9 @@ def main() -> None:
         trial = run_in_turn(contestants, prompts[:WARMUP], name, arguments.temperature, arguments.tokens)
         own = served.cost.own(1, drafting=False), fixed.cost.own(1, drafting=True)
         context = np.mean([len(prompt) for prompt in prompts]) + np.mean([run.tokens for run in trial["fixed"]]) / 2
-        before = time_steps(fixed, name, float(context))
-        runs = run_in_turn(contestants, prompts, name, arguments.temperature, arguments.tokens)
-        steps = make_steps(before, time_steps(fixed, name, float(context)), own)
+        timed = partial(time_steps, fixed, name, float(context))
+        runs, timings = run_and_time(timed, contestants, prompts, name, arguments.temperature, arguments.tokens)
+        steps = make_steps(timings, own)
         row: dict[str, Any] = {"class": name, "n": len(prompts)}
         full = {each: "full beside" if each == "beside" else "full" for each in runs if not each.startswith("full")}
         row |= {each: round(rate(runs[each]) / rate(runs[full[each]]), 3) for each in full}

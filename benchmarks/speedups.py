@@ -24,6 +24,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from machine import describe, finish, read_prompts, require_idle, show
 from modes import CLASSES, cut_prompt
-from predicted import WARMUP, Run, Steps, make_steps, run_in_turn, time_steps
+from predicted import WARMUP, Run, Steps, make_steps, run_and_time, run_in_turn, time_steps
 from shapes import SHAPES, write_shape
 from torch import Tensor
 
@@ -167,24 +168,23 @@ class Contest:
         """Rows by draft, and the steps they were predicted by under the key `steps`."""
         trial = run_in_turn(self.contestants, prompts[:WARMUP], name, temperature, tokens)
         context = np.mean([len(prompt) for prompt in prompts]) + np.mean([run.tokens for run in trial[FULL]]) / 2
-        before = self._time(name, float(context))
-        runs = run_in_turn(self.contestants, prompts, name, temperature, tokens)
-        accepted = {draft: judging.take() for draft, judging in self.judging.items()}
-        after, rows = self._time(name, float(context)), {}
-        for draft in self.engines:
+        timed = partial(self._time, name, float(context))
+        for judging in self.judging.values():
+            judging.take()  # of the trial
+        runs, timings = run_and_time(timed, self.contestants, prompts, name, temperature, tokens)
+        rows = {}
+        for draft, judging in self.judging.items():
+            accepted = judging.take()
             own = self.engines[SUBGRAPH].cost.own(1, drafting=False), self.fixed[draft].cost.own(1, drafting=True)
-            steps = make_steps(before[draft], after[draft], own)
-            row = describe_draft(accepted[draft], steps, runs[draft], runs[FULL])
-            rows[draft] = row | {"accepted": accepted[draft], "steps": steps}
+            steps = make_steps([timing[draft] for timing in timings], own)
+            row = describe_draft(accepted, steps, runs[draft], runs[FULL])
+            rows[draft] = row | {"accepted": accepted, "steps": steps}
         return rows
 
     def _time(self, name: str, context: float) -> dict[str, list[Cost]]:
-        """What passes cost now, by draft. Its verdicts are not counted."""
-        graphs = {draft: name if name in engine.classes else POOLED for draft, engine in self.fixed.items()}
-        costs = {draft: time_steps(self.fixed[draft], graph, context) for draft, graph in graphs.items()}
-        for judging in self.judging.values():
-            judging.take()
-        return costs
+        """What passes cost now, by draft, in the engines whose verdicts nobody counts."""
+        graphs = {draft: name if name in engine.classes else POOLED for draft, engine in self.engines.items()}
+        return {draft: time_steps(self.engines[draft], graph, context) for draft, graph in graphs.items()}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import modes
 import predicted
@@ -27,11 +29,27 @@ def test_a_cycle_is_its_drafts_and_one_pass() -> None:
     assert steps.cycle(1.5) == pytest.approx(0.45 + 1.3 + 0.2)
 
 
-def test_steps_are_timed_on_both_sides() -> None:
+def test_steps_are_timed_all_along() -> None:
     def costs(scale: float) -> list[Cost]:
         return [Cost("code", 1, 1, 64, 0.1 * scale), *(Cost(FULL, 1, n, 64, n * scale) for n in (1, 4))]
 
-    assert predicted.make_steps(costs(1.0), costs(3.0), (0.5, 0.7)) == predicted.Steps(0.2, {1: 2.0, 4: 8.0}, 0.5, 0.7)
+    timings = [costs(1.0), costs(2.0), costs(3.0)]
+    assert predicted.make_steps(timings, (0.5, 0.7)) == predicted.Steps(pytest.approx(0.2), {1: 2.0, 4: 8.0}, 0.5, 0.7)
+
+
+def test_passes_are_timed_around_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[Any] = []
+
+    def run(contestants: dict[str, Any], prompts: list[list[int]], *_: Any) -> dict[str, list[Any]]:
+        happened.append(len(prompts))
+        return {each: list(prompts) for each in contestants}
+
+    monkeypatch.setattr(predicted, "run_in_turn", run)
+    timed = partial(happened.append, "timed")
+    runs, timings = predicted.run_and_time(timed, {"full": None, "served": None}, [[1], [2], [3]], "code", 1.0, 8)
+    assert happened == ["timed", 2, "timed", 1, "timed"]
+    assert runs == {"full": [[1], [2], [3]], "served": [[1], [2], [3]]}
+    assert len(timings) == 3
 
 
 def test_what_was_predicted_stands_beside_what_happened() -> None:
