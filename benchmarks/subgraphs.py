@@ -18,17 +18,20 @@ a method loses against ours comes with a bootstrap interval (95 %, sources drawn
 | pooled repair, other repair | ours, but repaired on the texts of all classes together or of another class |
 | int8, int4, int3, int2 | quantise-only: the whole model plainly rounded, at its own bytes; the last two emulated |
 | distilled | ours, trained for --distill minutes on the fitted texts and on the full model's own; only where asked |
+| more text, more text distilled | the same two, repaired, heads fitted and trained on --more; only where asked |
 
 Examples:
   python benchmarks/subgraphs.py --state /tmp/subgraphs
   python benchmarks/subgraphs.py --state /tmp/subgraphs --classes chat --sizes 0.25
   python benchmarks/subgraphs.py --state /tmp/subgraphs --sizes 0.125 --methods ours distilled --distill 10
+  python benchmarks/subgraphs.py --state /tmp/subgraphs --sizes 0.125 --methods ours "more text" --more my-prompts
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +50,7 @@ from torch import Tensor
 
 from strace.blocks import even_starts
 from strace.checkpoint import Checkpoint, load_decoder, open_checkpoint, quantise_decoder
-from strace.classes import POOLED, Parts, shipped_prompts, split_classes
+from strace.classes import POOLED, Parts, Prompt, shipped_prompts, split_classes
 from strace.classes import read_prompts as read_classes
 from strace.controls import score_units
 from strace.decoder import Decoder, Layer
@@ -75,8 +78,8 @@ OF_CLASS = ("pooled repair", "pooled units", "other repair", "other units")
 OTHERS = ("pooled", "other", *CONTROLS, *OF_CLASS, "no repair")
 WHOLE = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 METHODS = ("ours", *WHOLE, *OTHERS)
-DISTILLED = "distilled"
-ALL = (*METHODS, DISTILLED)
+DISTILLED, MORE, MORE_DISTILLED = ASKED = ("distilled", "more text", "more text distilled")
+ALL = (*METHODS, *ASKED)
 CONTINUED = 4  # times that each prompt to fit on is continued, to distill on
 DRAWS = 2000  # of the bootstrap
 
@@ -96,8 +99,11 @@ class Made:
 class Traced:
     """What one class's texts say of the model's units."""
 
-    def __init__(self, checkpoint: Checkpoint, full: Decoder, name: str, parts: Parts, state: Path) -> None:
-        self.full, self.name, self.state = full, name, state
+    def __init__(
+        self, checkpoint: Checkpoint, full: Decoder, name: str, parts: Parts, state: Path, more: Sequence[Texts] = ()
+    ) -> None:
+        """more: texts that `on_more` fits on."""
+        self.full, self.name, self.state, self.more = full, name, state, more
         material = gather_material(checkpoint, parts, 0)
         self.fit, self.choose, self._prompts = material.texts["fit"], material.texts["choose"], material.prompts["fit"]
         self.some = take_some(self.fit, SOME_TOKENS)
@@ -167,19 +173,39 @@ class Traced:
         write_beside(about, json.dumps(vars(best.plan)))
         return self.ours(size)  # as the disk gives it back, it can be trained
 
-    def distilled(self, size: float, minutes: float) -> Made:
+    def on_more(self, size: float) -> Made:
+        """The units and the head of ours, repaired and fitted on `more`."""
+        made = self.ours(size)
+
+        def fit() -> Decoder:
+            units = replace(made.kept, token_ids=None)
+            headless = repair(self.full, units, made.plan.format, self.more, self.choose)
+            return fit_head(self.full, cut_head(headless, made.kept.token_ids), self.more)
+
+        return self._restore(made, f"{size:.3f}-more", fit)
+
+    def distilled(self, size: float, minutes: float, more: bool = False) -> Made:
         """Ours, trained for so many minutes of this thread: what other work takes of the machine does not count."""
-        made, path = self.ours(size), self.state / f"{self.name}-{size:.3f}-distilled-{minutes:g}.safetensors"
-        if not path.exists():
+        made, texts = (self.on_more(size), self.more) if more else (self.ours(size), self.fit)
+
+        def train() -> Decoder:
             runner = make_runner({FULL: self.full}, count_cache(GIVEN, WRITTEN))
             ask = partial(continue_prompts, runner, self._prompts, 1.0, WRITTEN, self._stop_ids)
             written = batch_texts([each.ids for seed in range(CONTINUED) for each in ask(seed)])
-            trained = distill(self.full, made.subgraph, [*self.fit, *written], 60 * minutes, clock=time.thread_time)
+            trained = distill(self.full, made.subgraph, [*texts, *written], 60 * minutes, clock=time.thread_time)
             print(f"{self.name}: {trained.steps} steps", flush=True)
-            save_tensors(path, trained.subgraph, made.kept)
-        found = restore_tensors(path, made.kept, self.full)
+            return trained.subgraph
+
+        return self._restore(made, f"{size:.3f}{'-more' if more else ''}-distilled-{minutes:g}", train)
+
+    def _restore(self, like: Made, what: str, make: Callable[[], Decoder]) -> Made:
+        """What `make` gives of the same units, made once and kept on disk."""
+        path = self.state / f"{self.name}-{what}.safetensors"
+        if not path.exists():
+            save_tensors(path, make(), like.kept)
+        found = restore_tensors(path, like.kept, self.full)
         assert found is not None, "it was just written"
-        return replace(made, subgraph=found)
+        return replace(like, subgraph=found)
 
     def chosen_by(self, scores: Flow, size: float, like: Plan) -> Made:
         """Units by `scores` within the same bytes, with the head of `like`, repaired alike."""
@@ -301,6 +327,17 @@ def read_held(checkpoint: Checkpoint, name: str, tokens: int) -> Held:
     return Held(batches, [[next(sources) for _ in range(batch.shape[0])] for batch in batches])
 
 
+def read_more(checkpoint: Checkpoint, prompts: Sequence[Prompt], parts: Parts, tokens: int) -> list[Texts]:
+    """Pieces of texts of no source that is chosen by, up to about so many tokens."""
+    without = {prompt.source for prompt in parts.choose}
+    texts = [prompt.text for prompt in prompts if prompt.source not in without]
+    ids = [checkpoint.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    pieces = cut_pieces(ids, min(LONGEST, checkpoint.spec.context))
+    random.Random(0).shuffle(pieces)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return batch_texts(pieces[: int((ends < tokens).sum()) + 1])
+
+
 @torch.inference_mode()
 def count_accepted(full: Decoder, subgraph: Decoder, held: Held) -> Counts:
     """By source what is accepted at temperature 1, what agrees, and of how many positions; in draft blocks of 8."""
@@ -326,7 +363,10 @@ def measure_method(
     if method in WHOLE:
         decoder, share = emulate(full, WHOLE[method])
         return count_accepted(full, decoder, held), share, "whole model"
-    made = traced[name].distilled(size, minutes) if method == DISTILLED else make_method(method, name, size, traced)
+    if method in (DISTILLED, MORE_DISTILLED):
+        made = traced[name].distilled(size, minutes, more=method == MORE_DISTILLED)
+    else:
+        made = make_method(method, name, size, traced)
     kept = f"{made.plan.format}, {made.plan.mlp:.2f} of the neurons, head {made.subgraph.head.shape[0]}"
     return count_accepted(full, made.subgraph, held), made.subgraph.bytes_per_step / full_bytes(full), kept
 
@@ -334,8 +374,8 @@ def measure_method(
 def make_method(method: str, name: str, size: float, traced: dict[str, Traced]) -> Made:
     """A subgraph of one method for one class."""
     own, classes = traced[name], [each for each in traced if each != POOLED]
-    if method == "ours":
-        return own.ours(size)
+    if method in ("ours", MORE):
+        return own.ours(size) if method == "ours" else own.on_more(size)
     if method in ("pooled", "other", *OF_CLASS):
         whose, _, what = method.partition(" ")
         other = traced[POOLED if whose == "pooled" else classes[classes.index(name) - 1]]
@@ -354,7 +394,7 @@ def list_cells(
     cells = [("ours", name, size) for size in sizes for name in classes]
     cells += [(method, name, 1.0) for method in WHOLE for name in classes]
     cells += [(method, name, size) for method in OTHERS for size in sizes for name in classes]
-    cells += [(DISTILLED, name, size) for size in sizes for name in classes]
+    cells += [(method, name, size) for method in ASKED for size in sizes for name in classes]
     alone = len(classes) == 1
     return [cell for cell in cells if cell[0] in methods and not (alone and cell[0].startswith("other"))]
 
@@ -403,14 +443,20 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, help="shares of the full model's bytes")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=ALL, metavar="METHOD", help="only these")
     parser.add_argument("--distill", type=float, default=10, metavar="MINUTES", help="(default %(default)s)")
+    parser.add_argument("--more", type=Path, metavar="PROMPTS", help="as `strace-llm trace --prompts` takes them")
+    parser.add_argument("--more-tokens", type=int, default=250_000, help="of it, a class (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the valid part, a class (default %(default)s)")
     parser.add_argument("--state", type=Path, required=True, help="folder of what was done before; made if missing")
     arguments = parser.parse_args()
+    if {MORE, MORE_DISTILLED}.intersection(arguments.methods) and arguments.more is None:
+        parser.error(f"{MORE!r} wants --more")
     arguments.state.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(arguments.model)
     full = load_decoder(checkpoint, choose_dtype("cpu", runner="torch"))
     split = split_classes(read_classes(shipped_prompts(), arguments.classes))
-    traced = {name: Traced(checkpoint, full, name, parts, arguments.state) for name, parts in split.items()}
+    given = read_classes(arguments.more, arguments.classes) if arguments.more else {}
+    more = {n: read_more(checkpoint, prompts, split[n], arguments.more_tokens) for n, prompts in given.items()}
+    traced = {n: Traced(checkpoint, full, n, parts, arguments.state, more.get(n, ())) for n, parts in split.items()}
     results = Results(arguments.state)
     held = {name: read_held(checkpoint, name, arguments.tokens) for name in arguments.classes}
     for method, name, size in list_cells(arguments.classes, arguments.sizes, arguments.methods):

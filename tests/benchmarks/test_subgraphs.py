@@ -17,6 +17,7 @@ from strace.distill import RATES
 from strace.keep import full_bytes, kept_bytes
 from strace.linear import quantise
 from strace.measure import measure_acceptance
+from strace.texts import LONGEST, cut_pieces
 from tests.strace.test_trace import write_prompts
 from tests.tiny import save_tiny
 
@@ -57,6 +58,39 @@ def test_distilling_adds_no_byte_and_is_done_once(traced: subgraphs.Traced, monk
     assert not torch.equal(made.subgraph.head.dense(), ours.head.dense())
     monkeypatch.setattr(subgraphs, "distill", None)  # nothing may be trained again
     assert torch.equal(traced.distilled(0.2, minutes=0.02).subgraph.head.dense(), made.subgraph.head.dense())
+
+
+def test_more_text_is_of_no_source_that_is_chosen_by(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny(tmp_path / "model")))
+    prompts = read_prompts(write_prompts(tmp_path / "prompts"))["digits"]
+    parts = split_classes({"digits": prompts})["digits"]
+    rest = [p for p in prompts if p.source not in {c.source for c in parts.choose}]
+    expected = sorted(piece for p in rest for piece in cut_pieces([checkpoint.tokenizer(p.text)["input_ids"]], LONGEST))
+
+    def read(tokens: int) -> list[list[int]]:
+        batches = subgraphs.read_more(checkpoint, prompts, parts, tokens)
+        return [ids[:n].tolist() for b in batches for ids, n in zip(b.tokens, b.lengths, strict=True)]
+
+    assert len(rest) < len(prompts)
+    assert sorted(read(10**6)) == expected
+    some = sum(map(len, expected)) // 2
+    assert some <= sum(map(len, read(some))) < some + max(map(len, expected))
+
+
+def test_ours_on_more_text_keeps_units_and_bytes_and_is_fitted_once(
+    traced: subgraphs.Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = traced.ours(0.2)
+    monkeypatch.setattr(traced, "more", [*traced.fit, *traced.choose])
+    made = traced.on_more(0.2)
+    assert made.subgraph.bytes_per_step == ours.subgraph.bytes_per_step
+    assert not torch.equal(made.subgraph.head.dense(), ours.subgraph.head.dense())
+    monkeypatch.setattr(subgraphs, "repair", None)  # nothing may be fitted again
+    again = traced.on_more(0.2)
+    assert torch.equal(again.subgraph.head.dense(), made.subgraph.head.dense())
+    trained = traced.distilled(0.2, minutes=0.02, more=True)
+    assert trained.subgraph.bytes_per_step == made.subgraph.bytes_per_step
+    assert not torch.equal(trained.subgraph.head.dense(), traced.distilled(0.2, minutes=0.02).subgraph.head.dense())
 
 
 @given(st.integers(0, 100))
