@@ -143,8 +143,11 @@ def find_unseen(checkpoint: Checkpoint, prompts: Path | None, folder: Path) -> d
 
 def _was_traced(checkpoint: Checkpoint, parts: Parts, manifest: Manifest) -> bool:
     """Whether a class was traced on these very parts."""
+    fitted_on = manifest.data.get("fit")
     try:
-        return gather_material(checkpoint, parts, manifest.seed).data == manifest.data
+        return fitted_on is not None and (
+            gather_material(checkpoint, parts, manifest.seed, fitted_on.tokens).data == manifest.data
+        )
     except BadPrompts:
         return False
 

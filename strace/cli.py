@@ -34,6 +34,7 @@ from strace.files import write_beside
 from strace.gguf import convert
 from strace.graphs import RUNNERS, make_runner, open_graphs
 from strace.linear import FORMATS as FULL_FORMATS
+from strace.material import BUDGETS, SOME_TOKENS
 from strace.overview import as_record, open_overview, render_page, show
 from strace.paper import app as paper
 from strace.runner import FULL
@@ -81,6 +82,9 @@ def trace_command(
     distill: Annotated[
         float, typer.Option(help="Minutes to train each class's subgraph on the full model's own text.", min=0)
     ] = 0.0,
+    fit_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a class to fit on; fewer of wide models, for memory.", min=SOME_TOKENS)
+    ] = BUDGETS["fit"],
     costs: Annotated[
         list[Path] | None,
         typer.Option(help="What `measure --json` printed on another machine: what it would gain there is told too."),
@@ -103,6 +107,8 @@ def trace_command(
 
         strace-llm trace embedded -o subgraphs --costs other-machine.json
 
+        strace-llm trace ./my-model --prompts my-prompts -o subgraphs --fit-tokens 250000
+
     Exit code 1: the model or the prompts cannot be used; 2: an option has no such value. The message says why.
     """
     if format not in FORMATS:
@@ -119,7 +125,20 @@ def trace_command(
         fail("--clusters is for --classes auto", WRONG_USAGE)
     others = tuple(costs or ())
     options = Options(
-        model, output, prompts, size, chosen, format, seed, units, runner, distill, class_name, clusters, others
+        model,
+        output,
+        prompts,
+        size,
+        chosen,
+        format,
+        seed,
+        units,
+        runner,
+        distill,
+        class_name,
+        clusters,
+        others,
+        fit_tokens,
     )
     console = Console(soft_wrap=True)
     with told(), Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -38,9 +38,10 @@ class Material:
     long: tuple[str, ...] = ()
 
 
-def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material:
+def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int, fit_tokens: int = BUDGETS["fit"]) -> Material:
     """Tokenise and cut a class's texts, each part to its budget of tokens, in an order drawn by `seed`; prompts that
-    repeat an earlier part's are left out."""
+    repeat an earlier part's are left out. fit_tokens: the budget of those to fit on."""
+    budgets = BUDGETS | {"fit": fit_tokens}
     texts, data, drawn, distinct = {}, {}, {}, drop_repeats(parts)
     context, counts = checkpoint.spec.context, {"fit": CONTINUED_TO_FIT, **CONTINUED}
     long: list[str] = []
@@ -50,7 +51,7 @@ def gather_material(checkpoint: Checkpoint, parts: Parts, seed: int) -> Material
             raise BadPrompts(f"all prompts to {use} by repeat those of earlier parts: sources differ, texts do not")
         ids: list[list[int]] = [checkpoint.tokenizer(prompt.text, verbose=False)["input_ids"] for prompt in prompts]
         long += [p.place for p, own in zip(prompts, ids, strict=True) if len(own) > context]
-        chosen = _draw_pieces(ids, min(LONGEST, context), _limit(BUDGETS[use], checkpoint.spec), seed)
+        chosen = _draw_pieces(ids, min(LONGEST, context), _limit(budgets[use], checkpoint.spec), seed)
         if not chosen:
             raise BadPrompts(f"all prompts to {use} by are empty to this model's tokenizer")
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()

@@ -98,7 +98,7 @@ class Options:
     many). `prompts`: a file or folder (None: the shipped ones). `classes`: only these of it (empty: all; `auto` alone:
     those found in it, `clusters` of them). `class_name`: of prompts that name none. `units`: how they are scored
     (strace.controls). `runner`: what is timed and continues prompts. `distill`: minutes of training a class. `costs`:
-    tables of other machines, for which speedups are projected."""
+    tables of other machines, for which speedups are projected. `fit_tokens`: of a class's texts, the most to fit on."""
 
     model: str
     output: Path
@@ -113,6 +113,7 @@ class Options:
     class_name: str | None = None
     clusters: int | None = None
     costs: tuple[Path, ...] = ()
+    fit_tokens: int = BUDGETS["fit"]
 
 
 def plan_candidates(size: float | None, format: str, units: str = "refit") -> list[Plan]:
@@ -329,7 +330,7 @@ class Tracer:
         best = Chosen(tried, build(SOME_TOKENS))
         if not plan.repaired:
             return best
-        fitted = fit_head(self.full, build(BUDGETS["fit"]), material.texts["fit"], self.options.seed)
+        fitted = fit_head(self.full, build(self.options.fit_tokens), material.texts["fit"], self.options.seed)
         return self.better(name, "fitted on all texts", best, replace(best, subgraph=fitted), own)
 
     def better(self, name: str, how: str, before: Chosen, after: Chosen, own: Sequence[Continuation]) -> Chosen:
@@ -512,7 +513,7 @@ def trace(options: Options, say: Callable[[str], None] = print, progress: Progre
     found = find_classes(options, lambda messages: write_chat(opened(), messages))
     checkpoint, classes = opened(), found.classes
     split = split_classes(classes, options.seed)
-    materials = {name: _gather(checkpoint, name, parts, options.seed) for name, parts in split.items()}
+    materials = {name: _gather(checkpoint, name, parts, options) for name, parts in split.items()}
     for name in classes:
         if long := materials[name].long:
             say(
@@ -547,9 +548,9 @@ def _report(progress: Progress, number: int, classes: int, share: float) -> None
     progress((number + share) / classes)
 
 
-def _gather(checkpoint: Checkpoint, name: str, parts: Parts, seed: int) -> Material:
+def _gather(checkpoint: Checkpoint, name: str, parts: Parts, options: Options) -> Material:
     try:
-        return gather_material(checkpoint, parts, seed)
+        return gather_material(checkpoint, parts, options.seed, options.fit_tokens)
     except BadPrompts as error:
         raise BadPrompts(f"class {name}: {error}") from error
 

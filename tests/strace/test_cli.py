@@ -10,9 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from strace import cli, trace
+from strace.checkpoint import Checkpoint
+from strace.classes import BadPrompts, Parts
 from strace.classifier import read_classifier
 from strace.cli import app
 from strace.costs import dump_table
+from strace.errors import WRONG_USAGE
 from strace.keep import Plan
 from strace.measure import predict_speedup
 from strace.overview import draw_layers
@@ -42,6 +45,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_only_the_classes_named_are_traced(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["classifier.json", "classifier.safetensors", "digits", "pooled"]
+
+
+def test_a_class_is_fitted_on_as_many_tokens_as_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(checkpoint: Checkpoint, parts: Parts, seed: int, fit_tokens: int) -> None:
+        raise BadPrompts(f"{fit_tokens} tokens")
+
+    monkeypatch.setattr(trace, "gather_material", gather)
+    args = ["trace", str(folder.parent / "model"), "--prompts", str(folder.parent / "prompts"), "-o", str(folder)]
+    assert "class digits: 65536 tokens" in runner.invoke(app, args).output
+    assert "class digits: 20000 tokens" in runner.invoke(app, [*args, "--fit-tokens", "20000"]).output
+    assert runner.invoke(app, [*args, "--fit-tokens", "20"]).exit_code == WRONG_USAGE
 
 
 def test_inspect_shows_what_was_traced(folder: Path) -> None:
@@ -78,7 +92,6 @@ def test_a_labelled_file_is_traced_and_a_log_by_what_it_holds(
     cheap = StepCosts((0.0, 0.0, 1e-9), {1: 1.0, 2: 1.0, 4: 1.0, 9: 1.0}, "a clock of ours")
     monkeypatch.setattr(trace, "price_steps", lambda *_: cheap)
     monkeypatch.setattr(trace, "WRITTEN", 8)
-    monkeypatch.setattr(trace, "BUDGETS", {"fit": 1000, "choose": 300, "report": 300})
     monkeypatch.setattr(trace, "CONTINUED", {"choose": 4, "report": 4})
     one = [Plan("all", coverage=1.0, format="int8", repaired=False)]
     monkeypatch.setattr(trace, "plan_candidates", lambda *_: one)

@@ -307,13 +307,16 @@ def test_the_table_beside_the_subgraph_gives_what_the_manifest_says(traced: Trac
 
 def test_texts_are_drawn_up_to_the_budget(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     options, _ = traced
-    monkeypatch.setattr(material, "BUDGETS", {"fit": 200, "choose": 100, "report": 10**6})
+    monkeypatch.setattr(material, "BUDGETS", {"choose": 100, "report": 10**6})
     checkpoint = open_checkpoint(options.model)
     parts = split_classes(read_prompts(options.prompts))["letters"]
-    data = gather_material(checkpoint, parts, 0).data
+    data = gather_material(checkpoint, parts, 0, 200).data
     assert data["fit"].tokens == 210
     assert data["choose"].tokens == 140
     assert data["report"].tokens == 70 * len(parts.report)
+    for budget in (200, 10**6):
+        data = gather_material(checkpoint, parts, 0, budget).data
+        assert gather_material(checkpoint, parts, 0, data["fit"].tokens).data == data, "as certify reads them again"
 
 
 def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
