@@ -1,7 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 PEERS := .venv-peers/.installed
 JUDGES := .venv-judges/.installed
 SANITIZED := build/sanitized
@@ -17,14 +16,14 @@ serve: $(INSTALLED) ## serve the embedded model on 127.0.0.1:8000; ARGS="MODEL -
 	$(BIN)/strace-llm serve $(ARGS)
 
 test: $(INSTALLED) ## run the tests; ARGS="-k name" passes more
-	$(PYTEST) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 native-check: $(INSTALLED) ## run the native runner's tests under the address and undefined-behaviour sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S strace/native -B $(SANITIZED) -G Ninja -DSTRACE_SANITIZE=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)
 	STRACE_NATIVE_LIBRARY=$(SANITIZED)/libstrace_native.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	$(PYTEST) tests/strace/native $(ARGS)
+	$(BIN)/python -m pytest tests/strace/native $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check
