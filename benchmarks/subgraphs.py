@@ -67,7 +67,7 @@ from strace.onpolicy import continue_prompts, count_cache
 from strace.repair import repair
 from strace.runner import FULL
 from strace.subgraph import restore_tensors, save_tensors
-from strace.texts import LONGEST, Texts, batch_texts, cut_pieces, take_some
+from strace.texts import LONGEST, Texts, batch_texts, cut_pieces, take_pieces, take_some
 from strace.trace import WRITTEN
 
 CLASSES = ("chat", "code", "facts", "math", "stories")
@@ -334,8 +334,7 @@ def read_more(checkpoint: Checkpoint, prompts: Sequence[Prompt], parts: Parts, t
     ids = [checkpoint.tokenizer(text, verbose=False)["input_ids"] for text in texts]
     pieces = cut_pieces(ids, min(LONGEST, checkpoint.spec.context))
     random.Random(0).shuffle(pieces)
-    ends = np.cumsum([len(piece) for piece in pieces])
-    return batch_texts(pieces[: int((ends < tokens).sum()) + 1])
+    return batch_texts(take_pieces(pieces, tokens))
 
 
 @torch.inference_mode()
@@ -374,8 +373,10 @@ def measure_method(
 def make_method(method: str, name: str, size: float, traced: dict[str, Traced]) -> Made:
     """A subgraph of one method for one class."""
     own, classes = traced[name], [each for each in traced if each != POOLED]
-    if method in ("ours", MORE):
-        return own.ours(size) if method == "ours" else own.on_more(size)
+    if method == "ours":
+        return own.ours(size)
+    if method == MORE:
+        return own.on_more(size)
     if method in ("pooled", "other", *OF_CLASS):
         whose, _, what = method.partition(" ")
         other = traced[POOLED if whose == "pooled" else classes[classes.index(name) - 1]]

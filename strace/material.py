@@ -14,7 +14,7 @@ from strace.classes import SHARES, BadPrompts, Parts, Prompt
 from strace.duplicates import drop_repeats
 from strace.families import Spec
 from strace.subgraph import Data
-from strace.texts import LONGEST, Texts, batch_texts, cut_pieces
+from strace.texts import LONGEST, Texts, batch_texts, cut_pieces, take_pieces
 
 # Tokens read of each part. Units are scored and candidates compared on some of those to fit on; the chosen one is
 # fitted on all of them, for what fits one source need not fit another.
@@ -88,5 +88,4 @@ def _draw_prompts(
 def _draw_pieces(ids: Sequence[Sequence[int]], longest: int, budget: int, seed: int) -> list[list[int]]:
     pieces = cut_pieces(ids, longest) or [list(text) for text in ids if text]
     order = np.random.default_rng(seed).permutation(len(pieces))
-    ends = np.cumsum([len(pieces[i]) for i in order])
-    return [pieces[i] for i in order[: int((ends < budget).sum()) + 1]]
+    return take_pieces([pieces[i] for i in order], budget)

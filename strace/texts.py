@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,12 @@ def cut_pieces(texts: Sequence[Sequence[int]], longest: int = LONGEST) -> list[l
     """Consecutive pieces of at most `longest` tokens; a rest too short to show anything is left out."""
     pieces = [list(text[i : i + longest]) for text in texts for i in range(0, len(text), longest)]
     return [piece for piece in pieces if len(piece) >= min(SHORTEST, longest)]
+
+
+def take_pieces(pieces: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """The first of the pieces, as many as come up to so many tokens."""
+    ends = itertools.accumulate(map(len, pieces))
+    return list(pieces[: sum(end < tokens for end in ends) + 1])
 
 
 def batch_texts(pieces: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS) -> list[Texts]:
